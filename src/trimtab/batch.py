@@ -1,0 +1,182 @@
+"""The one batch: groups, and columns of numbers over their response tokens.
+
+Nothing is padded. A *token column* has one entry per response token of all groups, in order; a *response column* has one
+entry per response. Sampler log-probabilities, trainer log-probabilities, reference log-probabilities, values, rewards and
+advantages are columns with different names, so that one is never taken for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from trimtab.types import Group
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says of a batch. Only what was asked for is there.
+
+    logprobs: log pi(y_t | x, y_<t) of every response token.
+    entropy:  H(pi(. | x, y_<t)) in nats at every response token.
+    values:   V(x, y_<t): the value of the state *before* every response token.
+    scores:   r(x, y): one score per response, read at its last token.
+    """
+
+    logprobs: Float[Tensor, " tokens"] | None = None
+    entropy: Float[Tensor, " tokens"] | None = None
+    values: Float[Tensor, " tokens"] | None = None
+    scores: Float[Tensor, " responses"] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Groups and their columns. `select`, `minibatches` and `micro_batches` keep the columns aligned."""
+
+    groups: tuple[Group, ...]
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    responses: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each response."""
+        return [len(r.tokens) for g in self.groups for r in g.responses]
+
+    @cached_property
+    def response_of_token(self) -> Int[Tensor, " tokens"]:
+        """For every response token, which response it belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
+
+    @cached_property
+    def last_token(self) -> Int[Tensor, " responses"]:
+        """For every response, the index of its last token in a token column."""
+        return torch.tensor(list(accumulate(self.lengths))) - 1
+
+    @cached_property
+    def _starts(self) -> tuple[list[int], list[int]]:
+        """First response of every group, first token of every response (and one past the end)."""
+        return [0, *accumulate(len(g.responses) for g in self.groups)], [0, *accumulate(self.lengths)]
+
+    @cached_property
+    def group_of_response(self) -> Int[Tensor, " responses"]:
+        """For every response, which group it belongs to."""
+        sizes = torch.tensor([len(g.responses) for g in self.groups])
+        return torch.repeat_interleave(torch.arange(len(self.groups)), sizes)
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, " tokens"]:
+        """Which response tokens are the assistant's own: the only ones a loss may see."""
+        flags = [r.mask if r.mask is not None else (True,) * len(r.tokens) for g in self.groups for r in g.responses]
+        return torch.tensor([flag for row in flags for flag in row], dtype=torch.bool)
+
+    @cached_property
+    def truncated(self) -> Bool[Tensor, " responses"]:
+        """Which responses were cut off before EOS."""
+        return torch.tensor([r.truncated for g in self.groups for r in g.responses], dtype=torch.bool)
+
+    def with_tokens(self, **columns: Tensor) -> Batch:
+        """The same batch with token columns added or replaced."""
+        total = sum(self.lengths)
+        for name, column in columns.items():
+            if column.shape != (total,):
+                raise ValueError(f"token column {name!r} has shape {tuple(column.shape)}, the batch has {total} response tokens")
+        return replace(self, tokens={**self.tokens, **columns})
+
+    def with_responses(self, **columns: Tensor) -> Batch:
+        """The same batch with response columns added or replaced."""
+        for name, column in columns.items():
+            if column.shape != (len(self.lengths),):
+                raise ValueError(f"response column {name!r} has shape {tuple(column.shape)}, the batch has {len(self.lengths)} responses")
+        return replace(self, responses={**self.responses, **columns})
+
+    def sum_by_response(self, column: Tensor) -> Float[Tensor, " responses"]:
+        """Sum a token column over the tokens of each response."""
+        index = self.response_of_token.to(column.device)
+        return column.new_zeros(len(self.lengths)).index_add(0, index, column)
+
+    def pairs(self, column: str = "judgement") -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
+        """All (better, worse) pairs of responses within a group by a response column; ties make none."""
+        value, group = self.responses[column], self.group_of_response
+        better, worse = ((group[:, None] == group[None, :]) & (value[:, None] > value[None, :])).nonzero(as_tuple=True)
+        return better, worse
+
+    def select(self, indices: Sequence[int]) -> Batch:
+        """The batch of some groups, in the order given, with its share of every column."""
+        first_response, first_token = self._starts
+        responses = [range(first_response[i], first_response[i + 1]) for i in indices]
+        rows = torch.tensor([r for span in responses for r in span], dtype=torch.long)
+        cells = torch.tensor([t for span in responses for t in range(first_token[span.start], first_token[span.stop])], dtype=torch.long)
+        return Batch(
+            tuple(self.groups[i] for i in indices),
+            {name: column[cells.to(column.device)] for name, column in self.tokens.items()},
+            {name: column[rows.to(column.device)] for name, column in self.responses.items()},
+        )
+
+    def micro_batches(self, token_budget: int) -> list[Batch]:
+        """Cut into batches of at most `token_budget` packed tokens, whole groups in order.
+
+        A single group larger than the budget makes a batch of its own.
+        """
+        pieces: list[list[int]] = []
+        room = 0
+        for i, group in enumerate(self.groups):
+            if not pieces or group.token_count > room:
+                pieces.append([])
+                room = token_budget
+            pieces[-1].append(i)
+            room -= group.token_count
+        return [self.select(piece) for piece in pieces]
+
+    def minibatches(self, count: int, order: Sequence[int] | None = None) -> list[Batch]:
+        """Cut into `count` batches with as equal a number of groups as possible; `order` permutes the groups first."""
+        order = list(range(len(self.groups))) if order is None else list(order)
+        bounds = [round(i * len(order) / count) for i in range(count + 1)]
+        return [self.select(order[a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The global numbers a loss is divided by, taken over a whole minibatch (all micro-batches, all ranks)."""
+
+    tokens: int
+    responses: int
+    groups: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> Counts:
+        return cls(int(batch.mask.sum()), len(batch.lengths), len(batch.groups))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A micro-batch's share of a minibatch's loss, and of its metrics.
+
+    value:   a scalar; the minibatch's loss is the sum over its micro-batches, because every term was divided by `Counts`.
+    means:   metrics that add up the same way.
+    maxima:  metrics of which the largest over micro-batches counts.
+    """
+
+    value: Float[Tensor, ""]
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+LossFunction = Callable[[Outputs, Batch, Counts], Loss]
+
+
+@torch.no_grad()
+def observe(batch: Batch, forward: Callable[[Batch], Outputs], *, token_budget: int) -> Outputs:
+    """Run a model over a batch in micro-batches, without gradients, and join what it says."""
+    parts = [forward(micro) for micro in batch.micro_batches(token_budget)]
+
+    def joined(name: str) -> Tensor | None:
+        columns = [getattr(part, name) for part in parts]
+        return None if columns[0] is None else torch.cat(columns)
+
+    return Outputs(joined("logprobs"), joined("entropy"), joined("values"), joined("scores"))

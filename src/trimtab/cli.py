@@ -1,0 +1,227 @@
+"""The command line. Everything heavy is imported only by the command that needs it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab import __version__
+from trimtab.errors import ConfigError, TrimtabError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line. `config` and `run` are "module:name"; `what` goes into the list of commands."""
+
+    what: str
+    config: str
+    run: str
+    kind: str = "stage"  # stage: writes a run directory; action: does something and prints
+
+
+COMMANDS = {
+    "sft": Command("fine-tune on demonstrations", "trimtab.stages.sft:SFTConfig", "trimtab.stages.sft:sft"),
+    "reward": Command("train a reward model on comparisons", "trimtab.stages.reward:RewardModelConfig", "trimtab.stages.reward:reward"),
+    "ppo": Command("improve a policy against a reward with PPO", "trimtab.stages.policy:policy_config", "trimtab.stages.policy:policy"),
+    "dpo": Command("learn from preferences directly", "trimtab.stages.preference:DPOConfig", "trimtab.stages.preference:preference"),
+    "evaluate": Command(
+        "held-out reward, KL and win rate against another model", "trimtab.stages.evaluate:EvaluateConfig", "trimtab.stages.evaluate:evaluate"
+    ),
+    "sample": Command("sample responses, or keep the best of n", "trimtab.stages.sample:SampleConfig", "trimtab.cli:_sample", "action"),
+    "annotate": Command(
+        "compare samples with the simulated annotator", "trimtab.demo.annotate:AnnotateConfig", "trimtab.demo.annotate:annotate", "action"
+    ),
+    "merge": Command("merge a LoRA adapter into its base model", "trimtab.models.merge:MergeConfig", "trimtab.models.merge:merge", "action"),
+    "demo": Command("the whole story on a small model, in about ten minutes", "trimtab.demo.story:DemoConfig", "trimtab.demo.story:demo", "action"),
+}
+TOOLS = {
+    "report": "rebuild RUN/report.html, or compare several runs: trimtab report RUN [RUN...] [--output FILE]",
+    "schema": "print the JSON schema of a command's recipe: trimtab schema COMMAND",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 well, 2 an error the user can mend, 130 interrupted)."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(argv)
+    except TrimtabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was written so far is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if argv[0] in ("-V", "--version", "version"):
+        print(f"trimtab {__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    wants_help = any(word in ("-h", "--help") for word in rest)
+    if name in TOOLS:
+        if wants_help:
+            print(f"trimtab {name}: {TOOLS[name]}")
+            return 0
+        return {"report": _report, "schema": _schema}[name](rest)
+    if name not in COMMANDS:
+        raise _unknown(name)
+    if wants_help:
+        _command_help(name)
+        return 0
+    return _run(name, rest)
+
+
+def _run(name: str, words: list[str]) -> int:
+    from trimtab.config import load_recipe, to_yaml
+
+    command = COMMANDS[name]
+    overwrite = "--overwrite" in words
+    words = [word for word in words if word != "--overwrite"]
+    recipe = Path(words.pop(0)) if words and "=" not in words[0] else None
+    for word in words:
+        if word.startswith("--"):
+            raise ConfigError(f"unknown option {word!r}", where="command line", fix="settings are written key=value; the only option is --overwrite")
+    _quieten()
+    config = load_recipe(_config_of(name), recipe, words)
+    run = _load(command.run)
+    if command.kind == "action":
+        run(config)
+        return 0
+    from trimtab.runs.session import session
+
+    with session(name, config.output, to_yaml(config), trackers=config.trackers, overwrite=overwrite) as directory:
+        metrics = run(name, config, directory.path, directory) if name == "ppo" else run(config, directory.path, directory)
+    _print_result(directory.path, metrics)
+    return 0
+
+
+def _config_of(name: str) -> Any:
+    found = _load(COMMANDS[name].config)
+    return found(name) if not isinstance(found, type) else found
+
+
+def _load(place: str) -> Callable[..., Any]:
+    module, _, attribute = place.partition(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return loaded
+
+
+def _quieten() -> None:
+    """transformers' own progress bars and advice do not belong between ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with suppress(ImportError):
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _print_result(path: Path, metrics: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=str(path), show_header=False, title_justify="left")
+    for key, value in metrics.items():
+        if not key.startswith("time/"):
+            table.add_row(key, f"{value:.4g}")
+    Console().print(table)
+    print(f"report: {path / 'report.html'}")
+
+
+def _sample(config: Any) -> None:
+    from trimtab.stages.sample import sample
+
+    for group in sample(config):
+        if config.output is None:
+            for response in group.responses:
+                print(json.dumps({"prompt": group.prompt.as_text, "response": response.text, "truncated": response.truncated}, ensure_ascii=False))
+
+
+def _report(words: list[str]) -> int:
+    from trimtab.runs.report import write_report
+
+    output: Path | None = None
+    if "--output" in words:
+        at = words.index("--output")
+        if at + 1 == len(words):
+            raise ConfigError("--output needs a file", where="command line", fix="trimtab report RUN --output report.html")
+        output = Path(words[at + 1])
+        del words[at : at + 2]
+    if not words:
+        raise ConfigError("no run was named", where="command line", fix="trimtab report RUN [RUN...]")
+    runs = [Path(word) for word in words]
+    output = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    print(write_report(runs, output))
+    return 0
+
+
+def _schema(words: list[str]) -> int:
+    from trimtab.config import json_schema
+
+    if len(words) != 1 or words[0] not in COMMANDS:
+        raise ConfigError("name one command", where="command line", fix=f"trimtab schema {{{','.join(COMMANDS)}}}")
+    print(json_schema(_config_of(words[0])))
+    return 0
+
+
+def _help() -> str:
+    width = max(map(len, [*COMMANDS, *TOOLS])) + 2
+    lines = [
+        f"trimtab {__version__}: align language models with human preferences",
+        "",
+        "usage: trimtab COMMAND [recipe.yaml] [key=value ...] [--overwrite]",
+        "       trimtab COMMAND --help          every setting of a command",
+        "",
+        *(f"  {name:<{width}}{command.what}" for name, command in COMMANDS.items()),
+        *(f"  {name:<{width}}{what}" for name, what in TOOLS.items()),
+        "",
+        "example: trimtab sample prompt='The best thing about the sea is' n=3 sampling.max_tokens=24",
+    ]
+    return "\n".join(lines)
+
+
+def _command_help(name: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    from trimtab.config import describe_settings
+
+    config = _config_of(name)
+    console = Console(highlight=False)
+    console.print(f"[bold]trimtab {name}[/]: {COMMANDS[name].what}\n\nusage: trimtab {name} \\[recipe.yaml] \\[key=value ...]\n")
+    section = ""
+    for row in describe_settings(config):
+        head = row.name.rpartition(".")[0]
+        if head != section:
+            section = head
+            console.print(f"\n[bold]{escape(section)}[/]")
+        console.print(f"  [cyan]{escape(row.name)}[/] = {escape(row.default)}  [dim]{escape(row.kind)}[/]", soft_wrap=True)
+        if row.description:
+            console.print(f"      {escape(row.description)}", soft_wrap=True)
+
+
+def _unknown(name: str) -> ConfigError:
+    import difflib
+
+    near = difflib.get_close_matches(name, [*COMMANDS, *TOOLS], n=1)
+    fix = f"did you mean {near[0]!r}?" if near else f"commands are: {', '.join([*COMMANDS, *TOOLS])}"
+    return ConfigError(f"there is no command {name!r}", where="command line", fix=fix)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

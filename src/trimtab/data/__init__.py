@@ -1,0 +1,1 @@
+"""From files to tokens: readers of rows, shapes of records, chat templates, and which records come at which step."""

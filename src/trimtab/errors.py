@@ -1,0 +1,47 @@
+"""The errors a user can cause or meet. Each says what is wrong, where, and how to mend it.
+
+The command line prints them as one message and exits with status 2; anything else that escapes is a bug in trimtab.
+"""
+
+from __future__ import annotations
+
+
+class TrimtabError(Exception):
+    """An error with a place and a fix.
+
+    what:  one sentence, what is wrong.
+    where: the file and row, the setting, or the sample it concerns.
+    fix:   what the user can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}\n  fix: {self.fix}" if self.fix else text
+
+
+class ConfigError(TrimtabError):
+    """A recipe or an override is not valid."""
+
+
+class DataError(TrimtabError):
+    """A data file or a row of it cannot be used."""
+
+
+class ModelError(TrimtabError):
+    """A model cannot be loaded, is not supported, or does not fit the task."""
+
+
+class RewardError(TrimtabError):
+    """A reward raised, or returned something that is not one finite number per response."""
+
+
+class NumericalError(TrimtabError):
+    """A loss, gradient or log-probability is not finite; the optimiser step was not taken."""
+
+
+class RunError(TrimtabError):
+    """A run directory cannot be created, read or written."""

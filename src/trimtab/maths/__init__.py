@@ -1,0 +1,1 @@
+"""Pure functions: the mathematics of alignment, without models, engines or files."""

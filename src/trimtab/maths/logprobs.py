@@ -1,0 +1,151 @@
+"""Log-probabilities and entropies of given tokens, computed with the language-model head in chunks.
+
+A [tokens, vocabulary] array of float32 is the largest thing in small-model training. Here it never exists: logits are made
+in the model's own precision for some rows at a time (large matrix products), read in float32 for a few rows at a time (which
+stay in the processor's cache), and only the log-probability of the token that was chosen is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+PART_BYTES = 2**28
+"""Logits held at once in the model's precision. A batch that fits keeps them for the backward pass; a larger one recomputes."""
+
+SLICE_ELEMENTS = 2**19
+"""Logits read at once in full precision (2^19 float32 = 2 MiB)."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head: logits = cap(scale * (h W^T + b)) / temperature, cap(z) = softcap * tanh(z / softcap).
+
+    scale and softcap are properties of the model (Cohere and Granite scale, Gemma 2 and 3 cap); temperature is the policy's:
+    it divides the logits everywhere, in sampling and in training alike.
+    """
+
+    weight: Float[Tensor, "vocabulary width"]
+    bias: Float[Tensor, " vocabulary"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Float[Tensor, "rows width"], temperature: float = 1.0) -> Float[Tensor, "rows vocabulary"]:
+        """Logits in float32 (float64 if the model is), without gradient bookkeeping beyond torch's own."""
+        z = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return self.finish(z, temperature)
+
+    def finish(self, z: Tensor, temperature: float) -> Tensor:
+        z = z if z.dtype == torch.float64 else z.float()
+        if self.softcap is not None:
+            return torch.tanh(z * (self.scale / self.softcap)) * (self.softcap / temperature)
+        return z * (self.scale / temperature) if self.scale != temperature else z
+
+    def slope(self, logits: Tensor, temperature: float) -> Tensor | float:
+        """d logits / d z, from the finished logits."""
+        if self.softcap is not None:
+            return (1 - (logits * (temperature / self.softcap)) ** 2) * (self.scale / temperature)
+        return self.scale / temperature
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "tokens width"],
+    head: Head,
+    targets: Int[Tensor, " tokens"],
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"] | None]:
+    """log softmax(z)[y] for every row, and optionally the entropy H = -sum_v p_v log p_v (nats).
+
+    Gradients flow to `hidden`, the head's weight and bias, through both outputs:
+
+        d log p_y / d z_v = 1[v = y] - p_v          d H / d z_v = -p_v (log p_v + H)
+    """
+    logprobs, entropies = _TokenLogprobs.apply(hidden, head.weight, head.bias, targets, head, temperature, entropy)
+    return logprobs, entropies if entropy else None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logprobs, norm, entropies = (torch.zeros(len(hidden), dtype=exact, device=hidden.device) for _ in range(3))
+        parts = _parts(hidden, weight)
+        kept = None
+        for part in parts:
+            z = torch.nn.functional.linear(hidden[part], weight, bias)
+            for rows, inner in _slices(part, z):
+                logits = head.finish(z[inner], temperature)
+                norm[rows] = torch.logsumexp(logits, dim=-1)
+                logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - norm[rows]
+                if entropy:
+                    p = torch.exp(logits - norm[rows, None])
+                    entropies[rows] = norm[rows] - (p.mul_(logits)).nan_to_num_(nan=0.0).sum(-1)
+            if len(parts) == 1 and any(ctx.needs_input_grad[:3]):
+                kept = z
+        ctx.save_for_backward(hidden, weight, bias, targets, norm, entropies, kept)
+        ctx.head, ctx.temperature, ctx.entropy = head, temperature, entropy
+        if not entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        grad_logprob, grad_entropy = grads
+        hidden, weight, bias, targets, norm, entropies, kept = ctx.saved_tensors
+        head, temperature = ctx.head, ctx.temperature
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = None
+        grad_bias = torch.zeros(len(weight), dtype=norm.dtype, device=weight.device) if need_bias else None
+        for part in _parts(hidden, weight):
+            # the logits' gradient takes the logits' place; a second backward through them is an error torch reports
+            z = kept if kept is not None else torch.nn.functional.linear(hidden[part], weight, bias)
+            for rows, inner in _slices(part, z):
+                logits = head.finish(z[inner], temperature)
+                slope = head.slope(logits, temperature)
+                logp = logits - norm[rows, None]
+                grad = torch.exp(logp)
+                if ctx.entropy:  # -g_l p - g_H p (log p + H): both share the factor p
+                    factor = grad_logprob[rows, None] + grad_entropy[rows, None] * (logp + entropies[rows, None])
+                    grad.mul_(factor).nan_to_num_(nan=0.0).neg_()
+                else:
+                    grad.mul_(-grad_logprob[rows, None])
+                grad.scatter_add_(1, targets[rows, None], grad_logprob[rows, None].to(grad.dtype))
+                z[inner] = grad.mul_(slope)
+            if grad_hidden is not None:
+                grad_hidden[part] = z @ weight
+            if need_weight:
+                share = z.t() @ hidden[part]
+                grad_weight = share if grad_weight is None else grad_weight.to(norm.dtype).add_(share)
+            if grad_bias is not None:
+                grad_bias += z.sum(0, dtype=norm.dtype)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Rows whose logits are made by one matrix product."""
+    size = max(1, PART_BYTES // (len(weight) * hidden.element_size()))
+    return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
+
+
+def _slices(part: slice, z: Tensor) -> list[tuple[slice, slice]]:
+    """Rows of a part that are read together: (their place in the batch, their place in the part)."""
+    size = max(1, SLICE_ELEMENTS // z.shape[1])
+    spans = [(start, min(start + size, len(z))) for start in range(0, len(z), size)]
+    return [(slice(part.start + a, part.start + b), slice(a, b)) for a, b in spans]

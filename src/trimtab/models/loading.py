@@ -1,0 +1,204 @@
+"""Loading and saving any Hugging Face decoder-only model, whole or with a LoRA adapter, ready for packed batches."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from trimtab.config import Config
+from trimtab.errors import ConfigError, ModelError, RunError
+from trimtab.models import packed
+
+log = logging.getLogger(__name__)
+
+DEFAULT = "default"
+"""The model path that means the embedded default model."""
+
+LAST_MODEL = Path("checkpoints", "last", "model")
+"""Where a run directory keeps the model it has trained."""
+
+
+class LoraConfig(Config):
+    """Train a low-rank adapter instead of all weights: W + (alpha / rank) B A, with B zero at the start."""
+
+    rank: int = Field(16, gt=0, description="rank of the update")
+    alpha: float = Field(32.0, gt=0, description="scale: the update is multiplied by alpha / rank")
+    target_modules: str | list[str] = Field("all-linear", description="which linear layers get an adapter; the output head never does")
+
+
+class ModelConfig(Config):
+    """Which model, in which precision, and what of it is trained."""
+
+    path: str = Field(DEFAULT, description="folder or hub name of a causal language model; 'default' is SmolLM2-135M-Instruct")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        "auto", description="compute precision; auto is bfloat16 where the hardware is fast at it. Master weights are float32 regardless"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    lora: LoraConfig | None = Field(None, description="train a LoRA adapter (null: train all weights)")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a setting; "auto" asks the hardware."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return torch.bfloat16 if capability.startswith("AVX512") and ("avx512_bf16" in flags or "amx_bf16" in flags) else torch.float32
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a setting; "auto" takes the first GPU there is."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"there is no device {name!r}", where="model.device", fix="use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("this machine has no usable GPU", where="model.device", fix="set model.device=cpu")
+    return device
+
+
+def resolve_path(path: str) -> str:
+    """The folder (or hub name) of a model setting: "default", a model folder, or a run directory (its last checkpoint)."""
+    if path == DEFAULT:
+        from trimtab.models.default import default_model
+
+        return str(default_model())
+    folder = Path(path)
+    if (folder / LAST_MODEL).is_dir():
+        return str(folder / LAST_MODEL)
+    looks_local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not looks_local:
+        return path
+    if not folder.is_dir():
+        raise ModelError("there is no such model folder", where=path, fix="check the path; a run directory will do, its last model is taken")
+    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        raise ModelError("this folder holds no config.json or adapter_config.json", where=path, fix="name the folder of a saved model")
+    return path
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer saved with a model."""
+    from transformers import AutoTokenizer
+
+    return _guarded(path, "tokenizer", lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+
+
+def load_model(auto_class: Any, config: ModelConfig, **options: Any) -> Any:
+    """A transformers model of `auto_class` whose attention is packed and whose dropout is off.
+
+    An adapter folder is loaded on its base model and merged into it. Raises ModelError with the fix.
+    """
+    packed.register()
+    device = resolve_device(config.device)
+    path = resolve_path(config.path)
+    adapter = Path(path, "adapter_config.json")
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else path
+    model = _guarded(
+        base,
+        "model",
+        lambda: auto_class.from_pretrained(
+            base,
+            dtype=resolve_dtype(config.dtype, device),
+            attn_implementation=packed.ATTENTION,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **options,
+        ),
+    )
+    if adapter.exists():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    _switch_off_dropout(model)
+    return model.to(device).eval()
+
+
+def add_adapter(model: nn.Module, config: LoraConfig, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
+    """Wrap a model with a trainable LoRA adapter (float32, whatever the model's precision)."""
+    import peft
+
+    lora = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=config.target_modules,
+        task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
+    try:
+        return peft.get_peft_model(model, lora)
+    except ValueError as error:
+        raise ModelError(f"the adapter does not fit the model: {error}", where="model.lora.target_modules", fix="use all-linear") from None
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a peft wrapper (or the model itself)."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[Any]:
+    """The same model with transformers' own attention, for comparison."""
+    model.set_attn_implementation("eager")
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(packed.ATTENTION)
+
+
+def save_atomically(folder: Path, write: Callable[[Path], object]) -> Path:
+    """Fill a folder beside its final place, then rename: it is there whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        write(staging)
+        for file in staging.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        staging.chmod(0o755)
+        if folder.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.rename(folder, retired / folder.name)
+            os.rename(staging, folder)
+            shutil.rmtree(retired)
+        else:
+            os.rename(staging, folder)
+    except OSError as error:
+        raise RunError(f"cannot save: {error.strerror or error}", where=str(folder), fix="free space or choose another output folder") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    """Log-probabilities must be those of the policy that samples, so nothing is dropped, in whatever mode the model is."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _guarded(path: str, what: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"cannot load the {what}: {reason}", where=path, fix="name a folder in Hugging Face layout with safetensors weights") from error

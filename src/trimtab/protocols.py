@@ -1,0 +1,77 @@
+"""The seams, on one page. Whatever has these methods can be plugged in; nothing has to be inherited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from trimtab.batch import Batch, Counts, Loss, Outputs
+from trimtab.types import Group, Prompt, Score
+
+
+class Engine(Protocol):
+    """Samples responses. `seed` fixes every random draw: the same seed, weights and prompts give the same responses."""
+
+    def generate(self, prompts: Sequence[Prompt], n: int, *, seed: int) -> list[Group]:
+        """n responses to each prompt, with the sampler's log-probabilities, in the order of the prompts."""
+        ...
+
+    def load(self, parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take over new policy weights (nothing to do where sampler and trainer share them)."""
+        ...
+
+
+class Reward(Protocol):
+    """Scores responses. A plain Python function becomes one with `rewards.function`."""
+
+    name: str
+
+    def score(self, groups: Sequence[Group]) -> list[list[Score]]:
+        """One finite Score per response, in the order of the groups and of their responses."""
+        ...
+
+
+class Algorithm(Protocol):
+    """Assigns credit and says which loss follows from it. Sees numbers only: no model, engine or disk."""
+
+    uses_critic: bool
+
+    def credit(self, batch: Batch) -> Batch:
+        """From rewards, log-probabilities and values to the token columns the losses need (advantages, returns)."""
+        ...
+
+    def policy_loss(self, outputs: Outputs, batch: Batch, counts: Counts) -> Loss: ...
+
+    def value_loss(self, outputs: Outputs, batch: Batch, counts: Counts) -> Loss: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the future of a run (running statistics, adaptive coefficients), as JSON values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class PreferenceLoss(Protocol):
+    """A loss on comparisons from policy and reference log-probabilities of the responses."""
+
+    def __call__(self, outputs: Outputs, batch: Batch, counts: Counts) -> Loss: ...
+
+
+class Tracker(Protocol):
+    """Receives what a run reports. The run directory is one; TensorBoard, Weights & Biases and MLflow are others."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Numbers of one step, by name."""
+        ...
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Responses worth reading, one mapping each."""
+        ...
+
+    def event(self, kind: str, **details: Any) -> None:
+        """Something that happened once (started, saved, stopped early)."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,56 @@
+"""Where scores come from: a Python function, a trained reward model, or several combined. `make` builds one from a recipe."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from trimtab.config import Config
+from trimtab.errors import ConfigError
+from trimtab.models.loading import ModelConfig
+from trimtab.protocols import Reward
+
+
+class RewardConfig(Config):
+    """One reward: exactly one of `model`, `function` and `members` is set."""
+
+    name: str | None = Field(None, description="its name in metrics and samples; by default the folder's or function's")
+    model: str | None = Field(None, description="folder of a trained reward model (its own tokenizer is used)")
+    function: str | None = Field(None, description="a Python function, 'file.py:name' or 'package.module:name'")
+    batched: bool = Field(False, description="the function takes lists (prompts, responses, rows) and returns a list of scores")
+    members: list[RewardConfig] | None = Field(None, description="several rewards, combined")
+    combine: Literal["mean", "sum", "min"] = Field("sum", description="how members are combined, after their weights")
+    weight: float = Field(1.0, description="factor on this reward inside a combination")
+    template: Literal["auto", "chat", "plain"] = Field("auto", description="how a reward model is shown the conversation")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field("auto", description="precision of a reward model")
+    tokens_per_batch: int = Field(8192, gt=0, description="packed tokens a reward model reads at once")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardConfig:
+        given = [name for name in ("model", "function", "members") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"set one of model, function, members, not {' and '.join(given)}")
+        if self.members is not None and not self.members:
+            raise ValueError("members is empty; list at least one reward")
+        return self
+
+
+def make(config: RewardConfig, *, where: str = "reward", device: str = "auto") -> Reward:
+    """Build the reward a recipe asks for. Raises ConfigError or RewardError with the fix."""
+    options: dict[str, Any] = {} if config.name is None else {"name": config.name}
+    if config.function is not None:
+        from trimtab.rewards.function import FunctionReward, load_function
+
+        return FunctionReward(load_function(config.function, where=f"{where}.function"), batched=config.batched, **options)
+    if config.model is not None:
+        from trimtab.rewards.model import ModelReward
+
+        model = ModelConfig(path=config.model, dtype=config.dtype, device=device)
+        return ModelReward.load(model, template=config.template, token_budget=config.tokens_per_batch, **options)
+    if config.members is not None:
+        from trimtab.rewards.combination import CombinedReward
+
+        members = [make(member, where=f"{where}.members.{i}", device=device) for i, member in enumerate(config.members)]
+        return CombinedReward(members, [member.weight for member in config.members], config.combine)
+    raise ConfigError("no reward is set", where=where, fix=f"set {where}.model=FOLDER or {where}.function=file.py:name")

@@ -1,0 +1,149 @@
+"""Policy and value model as one thing that looks at a batch and learns from it.
+
+Three arrangements: the value head on the policy's own trunk, a separate critic model, and no critic at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from pydantic import Field
+
+from trimtab.batch import Batch, Counts, Loss, Outputs, observe
+from trimtab.config import Config
+from trimtab.models.language import LanguageModel
+from trimtab.models.scorer import Scorer
+from trimtab.protocols import Algorithm
+from trimtab.training.optimiser import OptimConfig, Optimiser
+from trimtab.training.update import update
+
+
+class CriticConfig(Config):
+    """The value model."""
+
+    trunk: Literal["shared", "own"] = Field("shared", description="a head on the policy's hidden states, or a separate model")
+    init: Literal["policy", "reward"] = Field("policy", description="where a separate critic starts: the policy, or the reward model")
+    weight: float = Field(0.1, gt=0, description="weight of the value loss beside the policy loss (shared trunk)")
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=1e-4, schedule="constant"), description="the critic's own optimiser")
+    warmup_steps: int = Field(0, ge=0, description="rollout batches on which only the critic learns")
+    updates: int = Field(1, gt=0, description="critic steps per policy step (separate critic)")
+
+
+class ActorCritic(Protocol):
+    """What the policy stage asks of policy and critic together; `at` is the rollout step, for the learning rate."""
+
+    policy: LanguageModel
+
+    def look(self, batch: Batch) -> Outputs:
+        """Log-probabilities, entropies and (with a critic) values of a batch, without gradients."""
+        ...
+
+    def learn(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
+        """One policy step, and the critic's steps beside it; metrics `policy/...`, `critic/...`."""
+        ...
+
+    def learn_values(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
+        """A step of the critic alone (warm-up)."""
+        ...
+
+    def saveables(self) -> dict[str, SavesModel]:
+        """What a checkpoint holds, by folder name."""
+        ...
+
+
+class SavesModel(Protocol):
+    def save(self, folder: Path, *, merge: bool = False) -> Path: ...
+
+
+class PolicyOnly:
+    """No critic: the group-based family and REINFORCE."""
+
+    def __init__(self, policy: LanguageModel, optim: OptimConfig, steps: int, *, temperature: float, token_budget: int, entropy: bool) -> None:
+        self.policy, self.temperature, self.token_budget, self.entropy = policy, temperature, token_budget, entropy
+        self.optimiser = Optimiser(policy.trainable(), optim, steps)
+
+    def forward(self, batch: Batch) -> Outputs:
+        return self.policy.forward(batch, temperature=self.temperature, entropy=self.entropy)
+
+    def look(self, batch: Batch) -> Outputs:
+        return observe(batch, lambda b: self.policy.forward(b, temperature=self.temperature, entropy=True), token_budget=self.token_budget)
+
+    def learn(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
+        metrics = update(batch, self.forward, algorithm.policy_loss, [self.optimiser], at=at, token_budget=self.token_budget)
+        return _named("policy", metrics) | {"policy/lr": self.optimiser.lr(at)}
+
+    def learn_values(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
+        return {}
+
+    def saveables(self) -> dict[str, SavesModel]:
+        return {"model": self.policy}
+
+
+class SharedTrunk(PolicyOnly):
+    """A value head on the policy's hidden states: one forward and backward pass trains both."""
+
+    def __init__(
+        self, policy: LanguageModel, optim: OptimConfig, critic: CriticConfig, steps: int, *, temperature: float, token_budget: int, entropy: bool
+    ) -> None:
+        super().__init__(policy, optim, steps, temperature=temperature, token_budget=token_budget, entropy=entropy)
+        self.critic = critic
+        head = policy.add_value_head()
+        self.head_optimiser = Optimiser(dict(head.named_parameters()), critic.optim, steps)
+
+    def learn(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
+        def joint(outputs: Outputs, micro: Batch, counts: Counts) -> Loss:
+            policy, value = algorithm.policy_loss(outputs, micro, counts), algorithm.value_loss(outputs, micro, counts)
+            means = {**policy.means, "policy_loss": policy.value, "value_loss": value.value}
+            return replace(policy, value=policy.value + self.critic.weight * value.value, means=means)
+
+        optimisers = [self.optimiser, self.head_optimiser]
+        metrics = update(batch, self.forward, joint, optimisers, at=at, token_budget=self.token_budget)
+        critic = {"critic/loss": metrics.pop("value_loss"), "critic/lr": self.head_optimiser.lr(at)}
+        metrics["loss"] = metrics.pop("policy_loss")
+        return _named("policy", metrics) | {"policy/lr": self.optimiser.lr(at)} | critic
+
+    def learn_values(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
+        metrics = update(batch, self.policy.values, algorithm.value_loss, [self.head_optimiser], at=at, token_budget=self.token_budget)
+        return _named("critic", metrics) | {"critic/lr": self.head_optimiser.lr(at)}
+
+
+class OwnCritic(PolicyOnly):
+    """A separate critic model with its own optimiser and number of updates."""
+
+    def __init__(
+        self,
+        policy: LanguageModel,
+        scorer: Scorer,
+        optim: OptimConfig,
+        critic: CriticConfig,
+        steps: int,
+        *,
+        temperature: float,
+        token_budget: int,
+        entropy: bool,
+    ) -> None:
+        super().__init__(policy, optim, steps, temperature=temperature, token_budget=token_budget, entropy=entropy)
+        self.scorer, self.critic = scorer, critic
+        self.critic_optimiser = Optimiser(scorer.trainable(), critic.optim, steps)
+
+    def look(self, batch: Batch) -> Outputs:
+        return replace(super().look(batch), values=observe(batch, self.scorer.values, token_budget=self.token_budget).values)
+
+    def learn(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
+        return super().learn(batch, algorithm, at) | self.learn_values(batch, algorithm, at)
+
+    def learn_values(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for _ in range(self.critic.updates):
+            metrics = update(batch, self.scorer.values, algorithm.value_loss, [self.critic_optimiser], at=at, token_budget=self.token_budget)
+        return _named("critic", metrics) | {"critic/lr": self.critic_optimiser.lr(at)}
+
+    def saveables(self) -> dict[str, SavesModel]:
+        return {"model": self.policy, "critic": self.scorer}
+
+
+def _named(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}

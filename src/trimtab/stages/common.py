@@ -1,0 +1,70 @@
+"""What every stage's recipe has, and where a stage leaves its models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trimtab.batch import Batch, Counts
+from trimtab.config import Config
+from trimtab.errors import DataError
+from trimtab.protocols import Tracker
+from trimtab.types import Comparison, Group
+
+
+class StageConfig(Config):
+    """Settings common to all stages."""
+
+    output: str = Field(description="the run directory to write")
+    seed: int = Field(0, ge=0, description="decides every random draw of the run")
+    trackers: list[str] = Field(default_factory=list, description="also report to: tensorboard, wandb, mlflow")
+
+
+class Saveable(Protocol):
+    def save(self, folder: Path, *, merge: bool = False) -> Path: ...
+
+
+def save_checkpoint(run: Path, step: int, tracker: Tracker, **models: Saveable) -> Path:
+    """Save models in RUN/checkpoints/step-N/NAME and point RUN/checkpoints/last at them."""
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    for name, model in models.items():
+        model.save(folder / name)
+    link = folder.parent / ".last"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name, target_is_directory=True)
+    os.replace(link, folder.parent / "last")
+    tracker.event("saved", checkpoint=folder.name)
+    return folder
+
+
+def check_lengths(groups: list[Group], context: int, what: str) -> None:
+    """Refuse data that the model cannot read, before any time is spent on it."""
+    longest = max(groups, key=lambda g: len(g.prompt.tokens) + max((len(r.tokens) for r in g.responses), default=0))
+    tokens = len(longest.prompt.tokens) + max((len(r.tokens) for r in longest.responses), default=0)
+    if tokens > context:
+        raise DataError(
+            f"{what} has {tokens} tokens, the model reads at most {context} (prompt {longest.prompt.as_text[:50]!r}...)",
+            where="data",
+            fix="set data.max_prompt_tokens and data.max_response_tokens, with data.on_long=skip or truncate",
+        )
+
+
+def comparison_batch(comparisons: Sequence[Comparison]) -> Batch:
+    """Comparisons as one batch: response columns `judgement` (higher is better) and `margin` (of the pair)."""
+    judgement = [score for c in comparisons for score in c.scores]
+    margin = [c.margin for c in comparisons for _ in c.scores]
+    columns = {"judgement": torch.tensor(judgement, dtype=torch.float64), "margin": torch.tensor(margin, dtype=torch.float64)}
+    return Batch(tuple(c.group for c in comparisons), {}, columns)
+
+
+def pair_mean(x: Tensor, better: Tensor, batch: Batch, counts: Counts) -> Tensor:
+    """Mean over the pairs of each prompt, then over prompts, by the global number of prompts."""
+    group = batch.group_of_response[better]
+    pairs = torch.bincount(group, minlength=len(batch.groups))
+    return (x / pairs[group]).sum() / counts.groups

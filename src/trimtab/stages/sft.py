@@ -1,0 +1,60 @@
+"""Supervised fine-tuning: raise the probability of demonstrated answers.
+
+    minimise  -sum_t log pi(y_t | x, y_<t)   over the assistant's own tokens
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from trimtab.batch import Batch, Counts, Loss, Outputs, observe
+from trimtab.data.records import DataConfig, load_demonstrations
+from trimtab.maths.reductions import Aggregation, aggregate
+from trimtab.models.language import LanguageModel
+from trimtab.models.loading import ModelConfig
+from trimtab.protocols import Tracker
+from trimtab.stages.common import StageConfig, check_lengths, save_checkpoint
+from trimtab.training.fit import FitConfig, Hooks, fit
+from trimtab.training.optimiser import OptimConfig, Optimiser
+
+
+class SFTConfig(StageConfig):
+    """A recipe of `trimtab sft`."""
+
+    output: str = Field("runs/sft", description="the run directory to write")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the model to fine-tune")
+    data: DataConfig = Field(description="demonstrations: prompt and completion, or messages")
+    fit: FitConfig = Field(default_factory=FitConfig)
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=2e-5))
+    aggregation: Aggregation = Field("token", description="how per-token losses are averaged")
+
+
+def sft(config: SFTConfig, run: Path, tracker: Tracker) -> dict[str, float]:
+    """Fine-tune on demonstrations; returns the last metrics, `eval/nll` on the held-out part among them."""
+    model = LanguageModel.load(config.model, template=config.data.template)
+    demonstrations = load_demonstrations(config.data, model.template)
+    demonstrations.report(tracker)
+    check_lengths([*demonstrations.records, *demonstrations.holdout], model.context, "a demonstration")
+    data, held_out = Batch(tuple(demonstrations.records)), Batch(tuple(demonstrations.holdout))
+
+    def loss(outputs: Outputs, batch: Batch, counts: Counts) -> Loss:
+        assert outputs.logprobs is not None
+        sizes = {"tokens": counts.tokens, "responses": counts.responses}
+        value = aggregate(-outputs.logprobs, batch.mask, batch.response_of_token, config.aggregation, **sizes)
+        nll = -(outputs.logprobs * batch.mask).sum() / counts.tokens
+        return Loss(value, {"loss/nll": nll})
+
+    def evaluate() -> dict[str, float]:
+        if not held_out.groups:
+            return {}
+        logprobs = observe(held_out, model.forward, token_budget=config.fit.micro_batch_tokens).logprobs
+        assert logprobs is not None
+        nll = float(-logprobs[held_out.mask].mean())
+        return {"eval/nll": nll, "eval/perplexity": float(torch.tensor(nll).exp())}
+
+    hooks = Hooks(evaluate, lambda step: save_checkpoint(run, step, tracker, model=model))
+    optimiser = Optimiser(model.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
+    return fit(data, model.forward, loss, optimiser, config.fit, tracker, hooks, seed=config.seed)

@@ -1,0 +1,1 @@
+"""The one update every stage takes, its optimiser and its checkpoints."""

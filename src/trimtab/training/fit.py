@@ -1,0 +1,71 @@
+"""The loop of the supervised stages: the whole data set is one Batch, and every step updates on a few of its groups."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from trimtab.batch import Batch, LossFunction, Outputs
+from trimtab.config import Config
+from trimtab.data.cursor import Cursor
+from trimtab.protocols import Tracker
+from trimtab.training.optimiser import Optimiser
+from trimtab.training.update import update
+
+
+class FitConfig(Config):
+    """How long to train, on how much at a time."""
+
+    batch_size: int = Field(16, gt=0, description="groups (prompts with their responses) per optimiser step")
+    epochs: float = Field(1.0, gt=0, description="passes over the data, unless steps is set")
+    steps: int | None = Field(None, gt=0, description="optimiser steps; overrides epochs")
+    micro_batch_tokens: int = Field(4096, gt=0, description="packed tokens per forward and backward pass: lower needs less memory")
+    eval_every: int | None = Field(None, gt=0, description="steps between evaluations on the held-out part (it is always done at the end)")
+    save_every: int | None = Field(None, gt=0, description="steps between checkpoints (one is always saved at the end)")
+
+    def total_steps(self, groups: int) -> int:
+        """Optimiser steps of the whole run."""
+        return self.steps or max(1, round(self.epochs * groups / self.batch_size))
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a stage does now and then: measure on held-out data, and save."""
+
+    evaluate: Callable[[], dict[str, float]]
+    save: Callable[[int], object]
+
+
+def fit(
+    data: Batch,
+    forward: Callable[[Batch], Outputs],
+    loss: LossFunction,
+    optimiser: Optimiser,
+    config: FitConfig,
+    tracker: Tracker,
+    hooks: Hooks,
+    *,
+    seed: int,
+) -> dict[str, float]:
+    """Train for `config.total_steps` steps; returns the metrics of the last one."""
+    total = config.total_steps(len(data.groups))
+    cursor = Cursor(len(data.groups), min(config.batch_size, len(data.groups)), seed)
+    tracker.event("training", steps=total, groups=len(data.groups))
+    metrics: dict[str, float] = {}
+    for step in range(total):
+        start = time.perf_counter()
+        batch = data.select(cursor.at(step))
+        raw = update(batch, forward, loss, [optimiser], at=step, token_budget=config.micro_batch_tokens)
+        metrics = {name: value for name, value in raw.items() if "/" in name}
+        metrics |= {"optim/grad_norm": raw["grad_norm"]}
+        metrics |= {"optim/lr": optimiser.lr(step), "progress/epoch": cursor.epoch(step + 1), "time/step": time.perf_counter() - start}
+        last = step + 1 == total
+        if last or (config.eval_every and (step + 1) % config.eval_every == 0):
+            metrics |= hooks.evaluate()
+        tracker.log(step, metrics)
+        if last or (config.save_every and (step + 1) % config.save_every == 0):
+            hooks.save(step + 1)
+    return metrics

@@ -1,0 +1,110 @@
+"""AdamW over float32 master weights, gradient clipping, and learning rates that are a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from trimtab.config import Config
+from trimtab.errors import NumericalError
+
+
+class OptimConfig(Config):
+    """How weights are changed."""
+
+    lr: float = Field(1e-5, gt=0, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="shape after warm-up; linear and cosine end at 0")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moment decay")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this global norm")
+
+
+def learning_rate(config: OptimConfig, step: int, total: int) -> float:
+    """The learning rate of optimiser step `step` (from 0) of `total`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.lr
+    done = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
+    return config.lr * ((1 - done) if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class Optimiser:
+    """Steps a set of named parameters.
+
+    Parameters in bfloat16 get a float32 master copy: gradients of all micro-batches are added up in float32 as backward
+    produces them, the step is taken on the masters, and the rounded result is copied back. So many small micro-batches
+    lose nothing against one large one, and updates smaller than a bfloat16 step are not lost.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, total_steps: int) -> None:
+        self.config, self.total_steps = config, total_steps
+        self.parameters = dict(parameters)
+        self.masters: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                master = parameter.detach().float()
+                master.grad = torch.zeros_like(master)
+                parameter.register_post_accumulate_grad_hook(_adder(master))
+                self.masters[name] = master
+            else:
+                self.masters[name] = parameter
+        fused = all(m.dtype == torch.float32 for m in self.masters.values())
+        self.adam = torch.optim.AdamW(
+            list(self.masters.values()), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
+        )
+
+    def lr(self, at: int) -> float:
+        """The learning rate at a position of the schedule."""
+        return learning_rate(self.config, at, self.total_steps)
+
+    @torch.no_grad()
+    def step(self, at: int) -> float:
+        """Clip, step, and clear the gradients; returns the gradient's global norm before clipping.
+
+        at: the position in the learning-rate schedule. Raises NumericalError, with nothing changed but the gradients cleared, if the norm is not finite.
+        """
+        grads = [m.grad for m in self.masters.values() if m.grad is not None]
+        if not grads:
+            raise NumericalError("no parameter received a gradient", fix="nothing to train: check model.lora and the data")
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads])))
+        if not math.isfinite(norm):
+            self.zero_grad()
+            raise NumericalError(f"the gradient's norm is {norm}; the step was not taken", fix="lower the learning rate or look at the batch")
+        if norm > self.config.max_grad_norm:
+            torch._foreach_mul_(grads, self.config.max_grad_norm / norm)
+        for group in self.adam.param_groups:
+            group["lr"] = self.lr(at)
+        self.adam.step()
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        """Forget the gradients gathered so far."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is parameter:
+                parameter.grad = None
+            else:
+                parameter.grad = None
+                assert master.grad is not None
+                master.grad.zero_()
+
+
+def _adder(master: Tensor):  # type: ignore[no-untyped-def]
+    def add(parameter: Tensor) -> None:
+        assert master.grad is not None and parameter.grad is not None
+        master.grad += parameter.grad
+        parameter.grad = None
+
+    return add

@@ -1,0 +1,79 @@
+"""Tiny real models and tokenizers with random weights, made in memory: every architecture we promise, in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = 128
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tokenizer(chat: bool = False) -> Any:
+    """A byte-like tokenizer: one token per printable ASCII character; pad and EOS are the same token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|end|>", "<|start|>", "<|user|>", "<|assistant|>", "<|system|>", "<|spare|>", "<|unk|>"]
+    vocabulary = {token: i for i, token in enumerate(specials)}
+    for code in range(32, 127):
+        vocabulary[chr(code)] = len(vocabulary)
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>", bos_token="<|start|>", unk_token="<|unk|>",
+        additional_special_tokens=specials[2:6],
+    )  # fmt: skip
+    if chat:
+        fast.chat_template = CHAT
+    return fast
+
+
+def config(architecture: str, **changes: Any) -> Any:
+    """The configuration of a tiny model: "llama", "qwen3", "gemma3" or "gpt2"."""
+    from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3Config
+
+    common: dict[str, Any] = dict(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, bos_token_id=1, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    if architecture == "llama":
+        return LlamaConfig(**{**common, "tie_word_embeddings": True, **changes})
+    if architecture == "qwen3":
+        return Qwen3Config(**{**common, "head_dim": 16, **changes})
+    if architecture == "gemma3":
+        own = {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16}
+        return Gemma3TextConfig(**{**common, **own, "final_logit_softcapping": 5.0, **changes})
+    if architecture == "gpt2":
+        own = dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=0, pad_token_id=0)
+        return GPT2Config(**{**own, **changes})
+    raise ValueError(architecture)
+
+
+def model(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 3.0, **changes: Any) -> Any:
+    """A causal language model with random weights, larger than the usual initialisation so that attention is not uniform."""
+    from transformers import AutoModelForCausalLM
+
+    from trimtab.models import loading, packed
+
+    packed.register()
+    torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(config(architecture, **changes), attn_implementation=packed.ATTENTION)
+    for name, parameter in made.named_parameters():
+        if parameter.dim() > 1 and "norm" not in name:
+            parameter.data *= scale
+    loading._switch_off_dropout(made)
+    return made.to(dtype).eval()
+
+
+def folder(path: Path, architecture: str = "llama", chat: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """The same saved in Hugging Face layout with its tokenizer."""
+    model(architecture, dtype, seed, **changes).save_pretrained(path)
+    tokenizer(chat).save_pretrained(path)
+    return path
