@@ -77,3 +77,24 @@ def folder(path: Path, architecture: str = "llama", chat: bool = False, seed: in
     model(architecture, dtype, seed, **changes).save_pretrained(path)
     tokenizer(chat).save_pretrained(path)
     return path
+
+
+class Recorder:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def log(self, step: int, metrics: Any) -> None:
+        self.metrics.append({"step": step, **metrics})
+
+    def samples(self, step: int, rows: Any) -> None:
+        self.rows += [{"step": step, **row} for row in rows]
+
+    def event(self, kind: str, **details: Any) -> None:
+        self.events.append((kind, details))
+
+    def close(self) -> None:
+        pass

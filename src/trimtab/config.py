@@ -185,9 +185,8 @@ def _explain(kind: type[Config], problem: Any) -> tuple[str, str | None]:
     name = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         known = [dotted for dotted, _ in settings_of(kind)]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
-            dotted for dotted in known if dotted.split(".")[-1] == name.split(".")[-1]
-        ][:1]
+        same_leaf = [dotted for dotted in known if dotted.split(".")[-1] == name.split(".")[-1]]
+        near = same_leaf[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         parent = name.rpartition(".")[0]
         siblings = sorted({dotted[len(parent) + 1 :].split(".")[0] for dotted in known if dotted.startswith(f"{parent}.")} if parent else {d.split(".")[0] for d in known})
         fix = f"did you mean {near[0]!r}?" if near else f"settings here are: {', '.join(siblings)}"

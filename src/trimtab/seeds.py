@@ -6,8 +6,10 @@ Nothing has to be saved for a run to continue exactly, and what one part of a ru
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, purpose: str, *steps: int) -> int:
@@ -18,4 +20,6 @@ def derive(seed: int, purpose: str, *steps: int) -> int:
 
 def generator(seed: int, purpose: str, *steps: int) -> torch.Generator:
     """A torch generator so seeded."""
+    import torch
+
     return torch.Generator().manual_seed(derive(seed, purpose, *steps))

@@ -138,6 +138,13 @@ def to_row(comparison: Comparison) -> dict[str, Any]:
     return row | ({"truncated": cut} if any(cut) else {})
 
 
+def group_row(group: Group) -> dict[str, Any]:
+    """Sampled responses as a row: prompt, responses, and which were cut off. In order of preference, it is a ranking."""
+    text = group.prompt.text
+    prompt = text if isinstance(text, str) else [dict(turn) for turn in text]
+    return {"prompt": prompt, "responses": [r.text for r in group.responses], "truncated": [r.truncated for r in group.responses]}
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSONL. The file appears complete or not at all.
 

@@ -90,7 +90,8 @@ class _TokenLogprobs(torch.autograd.Function):
                     entropies[rows] = norm[rows] - (p.mul_(logits)).nan_to_num_(nan=0.0).sum(-1)
             if len(parts) == 1 and any(ctx.needs_input_grad[:3]):
                 kept = z
-        ctx.save_for_backward(hidden, weight, bias, targets, norm, entropies, kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, norm, entropies)
+        ctx.kept = kept
         ctx.head, ctx.temperature, ctx.entropy = head, temperature, entropy
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -99,14 +100,14 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad_logprob, grad_entropy = grads
-        hidden, weight, bias, targets, norm, entropies, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, norm, entropies = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # the gradient is written over it: a second backward pass computes it again
         head, temperature = ctx.head, ctx.temperature
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = None
         grad_bias = torch.zeros(len(weight), dtype=norm.dtype, device=weight.device) if need_bias else None
         for part in _parts(hidden, weight):
-            # the logits' gradient takes the logits' place; a second backward through them is an error torch reports
             z = kept if kept is not None else torch.nn.functional.linear(hidden[part], weight, bias)
             for rows, inner in _slices(part, z):
                 logits = head.finish(z[inner], temperature)

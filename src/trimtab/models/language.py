@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.batch import Batch, Outputs
-from trimtab.data.templates import Template
+from trimtab.data.templates import Mode, Template
 from trimtab.errors import ModelError
 from trimtab.maths.logprobs import Head, token_logprobs
 from trimtab.models import loading
@@ -36,18 +36,17 @@ class LanguageModel:
         self._check()
 
     @classmethod
-    def load(cls, config: ModelConfig, *, template: Literal["auto", "chat", "plain"] = "auto", trainable: bool = True) -> LanguageModel:
+    def load(cls, config: ModelConfig, *, template: Mode = "auto", trainable: bool = True) -> LanguageModel:
         """Load a model and its tokenizer; with `trainable`, all weights or a new LoRA adapter receive gradients."""
         from transformers import AutoModelForCausalLM
 
         model = loading.load_model(AutoModelForCausalLM, config)
-        tokenizer = loading.load_tokenizer(loading.resolve_path(config.path))
         eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         extra = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         model.requires_grad_(trainable and config.lora is None)
         if trainable and config.lora is not None:
             model = loading.add_adapter(model, config.lora, "CAUSAL_LM")
-        return cls(model, Template.of(tokenizer, template, extra_eos=extra))
+        return cls(model, loading.load_template(loading.resolve_path(config.path), template, extra))
 
     @property
     def plain(self) -> Any:
@@ -126,7 +125,7 @@ class LanguageModel:
         def write(staging: Path) -> None:
             model = self.model.merge_and_unload() if merge and hasattr(self.model, "peft_config") else self.model
             model.save_pretrained(staging)
-            self.template.tokenizer.save_pretrained(staging)
+            loading.save_template(self.template, staging)
             if self.value_head is not None:
                 from safetensors.torch import save_file
 

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from trimtab.config import Config
+from trimtab.data.templates import Mode, Template
 from trimtab.errors import ConfigError, ModelError, RunError
 from trimtab.models import packed
 
@@ -27,6 +28,9 @@ DEFAULT = "default"
 
 LAST_MODEL = Path("checkpoints", "last", "model")
 """Where a run directory keeps the model it has trained."""
+
+NOTE_FILE = "trimtab.json"
+"""What transformers has no place for: the template mode a model was trained with."""
 
 
 class LoraConfig(Config):
@@ -45,6 +49,7 @@ class ModelConfig(Config):
         "auto", description="compute precision; auto is bfloat16 where the hardware is fast at it. Master weights are float32 regardless"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    layers: int | None = Field(None, gt=0, description="keep only the first layers (a smaller reward model or critic); null keeps all")
     lora: LoraConfig | None = Field(None, description="train a LoRA adapter (null: train all weights)")
 
 
@@ -92,11 +97,21 @@ def resolve_path(path: str) -> str:
     return path
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer saved with a model."""
+def load_template(path: str, mode: Mode, extra_eos: tuple[int, ...] = ()) -> Template:
+    """The tokenizer saved with a model, and how text is put to it; "auto" first asks how the model was trained here."""
     from transformers import AutoTokenizer
 
-    return _guarded(path, "tokenizer", lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    tokenizer = _guarded(path, "tokenizer", lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    note = Path(path, NOTE_FILE)
+    if mode == "auto" and note.exists():
+        mode = json.loads(note.read_text(encoding="utf-8"))["template"]
+    return Template.of(tokenizer, mode, extra_eos)
+
+
+def save_template(template: Template, folder: Path) -> None:
+    """Save the tokenizer, and note the template mode beside it."""
+    template.tokenizer.save_pretrained(folder)
+    (folder / NOTE_FILE).write_text(json.dumps({"template": template.mode}) + "\n", encoding="utf-8")
 
 
 def load_model(auto_class: Any, config: ModelConfig, **options: Any) -> Any:
@@ -118,7 +133,7 @@ def load_model(auto_class: Any, config: ModelConfig, **options: Any) -> Any:
             attn_implementation=packed.ATTENTION,
             trust_remote_code=False,
             use_safetensors=True,
-            **options,
+            config=_architecture(base, config.layers, options),
         ),
     )
     if adapter.exists():
@@ -184,6 +199,21 @@ def save_atomically(folder: Path, write: Callable[[Path], object]) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def _architecture(path: str, layers: int | None, options: dict[str, Any]) -> Any:
+    """The model's configuration, with only its first layers if that is asked for."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
+    if layers is not None:
+        depth = config.get_text_config().num_hidden_layers
+        if layers > depth:
+            raise ConfigError(f"the model has {depth} layers, not {layers}", where="model.layers", fix=f"set at most {depth}, or null")
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return config
 
 
 def _switch_off_dropout(model: nn.Module) -> None:

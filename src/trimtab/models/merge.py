@@ -26,11 +26,11 @@ def merge(config: MergeConfig) -> Path:
 
     path = loading.resolve_path(config.adapter)
     model = loading.load_model(AutoModelForCausalLM, ModelConfig(path=path, dtype=config.dtype))
-    tokenizer = loading.load_tokenizer(path)
+    template = loading.load_template(path, "auto")
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        loading.save_template(template, folder)
 
     written = loading.save_atomically(Path(config.output), write)
     print(written)

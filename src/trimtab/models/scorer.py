@@ -1,4 +1,4 @@
-"""A trunk with a scalar head: a reward model when read at the last token, a critic when read before every token."""
+"""A trunk with a scalar head: a reward model when read at the end token, a critic when read before every token."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.batch import Batch, Outputs
-from trimtab.data.templates import Template
+from trimtab.data.templates import Mode, Template
 from trimtab.errors import ModelError
 from trimtab.models import loading
 from trimtab.models.loading import ModelConfig
 from trimtab.models.packed import Layout
+from trimtab.types import Group, Response
 
 
 class Scorer:
-    """r(x, y) = w . h_last, or V(x, y_<t) = w . h_t (no bias, as in transformers' sequence classifiers).
+    """r(x, y) = w . h_end, or V(x, y_<t) = w . h_t (no bias, as in transformers' sequence classifiers).
 
     Kept in the layout of `AutoModelForSequenceClassification` with one label, so that it loads in plain transformers.
     """
@@ -34,7 +35,7 @@ class Scorer:
         config: ModelConfig,
         *,
         head: Literal["saved", "normal", "zero"],
-        template: Literal["auto", "chat", "plain"] = "auto",
+        template: Mode = "auto",
         trainable: bool = True,
     ) -> Scorer:
         """Load a scorer ("saved"), or put a new head on a language model's trunk.
@@ -44,7 +45,6 @@ class Scorer:
         from transformers import AutoModelForSequenceClassification
 
         model = loading.load_model(AutoModelForSequenceClassification, config, num_labels=1)
-        tokenizer = loading.load_tokenizer(loading.resolve_path(config.path))
         score = getattr(model, "score", None)
         if not isinstance(score, nn.Linear):
             raise ModelError(f"{type(model).__name__} has no linear `score` head", where=config.path, fix="use a decoder-only model")
@@ -56,7 +56,7 @@ class Scorer:
         model.requires_grad_(trainable and config.lora is None)
         if trainable and config.lora is not None:
             model = loading.add_adapter(model, config.lora, "SEQ_CLS")
-        return cls(model, Template.of(tokenizer, template))
+        return cls(model, loading.load_template(loading.resolve_path(config.path), template))
 
     @property
     def plain(self) -> Any:
@@ -79,8 +79,12 @@ class Scorer:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def scores(self, batch: Batch) -> Outputs:
-        """One score per response, read at its last token."""
-        states, layout = self._states(batch, keep_last=True)
+        """One score per response, read at its end token.
+
+        A response that was cut off gets one too: a reward model judges the text, always from the same place (that it was cut
+        off is for `missing_eos_penalty` to say).
+        """
+        states, layout = self._states(Batch(tuple(map(self._ended, batch.groups))), keep_last=True)
         assert layout.last is not None
         return Outputs(scores=self._read(states, layout.last))
 
@@ -100,9 +104,15 @@ class Scorer:
             model = self.model.merge_and_unload() if merge and hasattr(self.model, "peft_config") else self.model
             loading.unwrap(model).config.pad_token_id = self._padding_token()
             model.save_pretrained(staging)
-            self.template.tokenizer.save_pretrained(staging)
+            loading.save_template(self.template, staging)
 
         return loading.save_atomically(folder, write)
+
+    def _ended(self, group: Group) -> Group:
+        end, ends = self.template.end_id, self.template.eos_ids
+        if all(r.tokens[-1] in ends for r in group.responses):
+            return group
+        return Group(group.prompt, tuple(r if r.tokens[-1] in ends else Response((*r.tokens, end), r.text) for r in group.responses))
 
     def _padding_token(self) -> int:
         tokenizer, ends = self.template.tokenizer, self.template.eos_ids

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from trimtab.config import Config
+from trimtab.data.templates import Mode, Template
 from trimtab.errors import ConfigError
 from trimtab.models.loading import ModelConfig
 from trimtab.protocols import Reward
@@ -22,7 +23,7 @@ class RewardConfig(Config):
     members: list[RewardConfig] | None = Field(None, description="several rewards, combined")
     combine: Literal["mean", "sum", "min"] = Field("sum", description="how members are combined, after their weights")
     weight: float = Field(1.0, description="factor on this reward inside a combination")
-    template: Literal["auto", "chat", "plain"] = Field("auto", description="how a reward model is shown the conversation")
+    template: Mode = Field("auto", description="how a reward model is shown the conversation; auto: as it was trained")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field("auto", description="precision of a reward model")
     tokens_per_batch: int = Field(8192, gt=0, description="packed tokens a reward model reads at once")
 
@@ -36,8 +37,8 @@ class RewardConfig(Config):
         return self
 
 
-def make(config: RewardConfig, *, where: str = "reward", device: str = "auto") -> Reward:
-    """Build the reward a recipe asks for. Raises ConfigError or RewardError with the fix."""
+def make(config: RewardConfig, *, where: str = "reward", device: str = "auto", policy: Template | None = None) -> Reward:
+    """Build the reward a recipe asks for, for the responses of a policy with this template. Raises ConfigError with the fix."""
     options: dict[str, Any] = {} if config.name is None else {"name": config.name}
     if config.function is not None:
         from trimtab.rewards.function import FunctionReward, load_function
@@ -47,10 +48,10 @@ def make(config: RewardConfig, *, where: str = "reward", device: str = "auto") -
         from trimtab.rewards.model import ModelReward
 
         model = ModelConfig(path=config.model, dtype=config.dtype, device=device)
-        return ModelReward.load(model, template=config.template, token_budget=config.tokens_per_batch, **options)
+        return ModelReward.load(model, template=config.template, token_budget=config.tokens_per_batch, policy=policy, **options)
     if config.members is not None:
         from trimtab.rewards.combination import CombinedReward
 
-        members = [make(member, where=f"{where}.members.{i}", device=device) for i, member in enumerate(config.members)]
+        members = [make(member, where=f"{where}.members.{i}", device=device, policy=policy) for i, member in enumerate(config.members)]
         return CombinedReward(members, [member.weight for member in config.members], config.combine)
     raise ConfigError("no reward is set", where=where, fix=f"set {where}.model=FOLDER or {where}.function=file.py:name")

@@ -104,7 +104,7 @@ def evaluate(config: EvaluateConfig, run: Path, tracker: Tracker) -> dict[str, f
     loaded = load_prompts(config.data, model.template)
     loaded.report(tracker)
     prompts = loaded.holdout or loaded.records
-    judge = rewards.make(config.reward, device=config.model.device)
+    judge = rewards.make(config.reward, device=config.model.device, policy=model.template)
     tracker.event("training", steps=2, prompts=len(prompts))
     common: dict[str, Any] = {"seed": config.seed, "rows": config.engine.rows}
     base = measure(start, start.forward, prompts, [judge], config.sampling, **common)

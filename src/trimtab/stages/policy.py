@@ -105,7 +105,7 @@ class PolicyLearning:
         self.prompts, self.data_report = loaded.records, loaded.report
         self.cursor = Cursor(len(self.prompts), min(config.prompts_per_step, len(self.prompts)), config.seed)
         self.algorithm: Algorithm = ALGORITHMS[name](config.algorithm)
-        self.reward = rewards.make(config.reward, device=config.model.device)
+        self.reward = rewards.make(config.reward, device=config.model.device, policy=model.template)
         self.shaping = RewardShaping(config.shaping)
         self.reference = make_reference(model, config.model)
         self.actor = make_actor(model, self.algorithm, self.reward, config)

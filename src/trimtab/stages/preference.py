@@ -87,7 +87,7 @@ def preference(config: DPOConfig, run: Path, tracker: Tracker) -> dict[str, floa
 
     hooks = Hooks(evaluate, lambda step: save_checkpoint(run, step, tracker, model=model))
     optimiser = Optimiser(model.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
-    return fit(data, model.forward, loss, optimiser, config.fit, tracker, hooks, seed=config.seed)
+    return fit(data, model.forward, loss, [optimiser], config.fit, tracker, hooks, seed=config.seed)
 
 
 def log_ratios(logprobs: Tensor, batch: Batch) -> Tensor:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -31,12 +32,18 @@ class RewardModelConfig(StageConfig):
     data: DataConfig = Field(description="comparisons: chosen and rejected, rankings, or ratings; set data.holdout to measure accuracy")
     fit: FitConfig = Field(default_factory=FitConfig)
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=2e-5))
+    head_optim: OptimConfig = Field(
+        default_factory=lambda: OptimConfig(lr=1e-3), description="the score head's optimiser: it starts from nothing and must move further"
+    )
+    head: Literal["zero", "normal", "saved"] = Field(
+        "zero", description="the score head's start: zero (no opinion), N(0, 1/(d+1)), or as saved in a reward model that is trained further"
+    )
     centring: float = Field(0.01, ge=0, description="weight of (r_chosen + r_rejected)^2, which pins the scores' free constant near 0")
 
 
 def reward(config: RewardModelConfig, run: Path, tracker: Tracker) -> dict[str, float]:
     """Train a reward model; returns the last metrics, with held-out accuracy, its interval and two baselines."""
-    scorer = Scorer.load(config.model, head="normal", template=config.data.template)
+    scorer = Scorer.load(config.model, head=config.head, template=config.data.template)
     comparisons = load_comparisons(config.data, scorer.template)
     comparisons.report(tracker)
     check_lengths([c.group for c in (*comparisons.records, *comparisons.holdout)], scorer.context, "a comparison")
@@ -59,8 +66,10 @@ def reward(config: RewardModelConfig, run: Path, tracker: Tracker) -> dict[str, 
         return accuracy(scorer, held_out, config.fit.micro_batch_tokens) if held_out.groups else {}
 
     hooks = Hooks(evaluate, lambda step: save_checkpoint(run, step, tracker, model=scorer))
-    optimiser = Optimiser(scorer.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
-    metrics = fit(data, scorer.scores, loss, optimiser, config.fit, tracker, hooks, seed=config.seed)
+    steps, parameters = config.fit.total_steps(len(data.groups)), scorer.trainable()
+    head = {name: parameters.pop(name) for name in list(parameters) if "score." in name}
+    optimisers = [Optimiser(parameters, config.optim, steps), Optimiser(head, config.head_optim, steps)]
+    metrics = fit(data, scorer.scores, loss, optimisers, config.fit, tracker, hooks, seed=config.seed)
     tracker.event("result", **{name: value for name, value in metrics.items() if name.startswith("eval/")})
     return metrics
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, model_validator
 
 from trimtab import rewards, seeds
-from trimtab.data.records import DataConfig, load_prompts, write_jsonl
+from trimtab.data.records import DataConfig, group_row, load_prompts, write_jsonl
 from trimtab.engines.local import EngineConfig, LocalEngine
 from trimtab.engines.sampling import SamplingConfig
 from trimtab.config import Config
@@ -17,7 +16,7 @@ from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 from trimtab.protocols import Reward
 from trimtab.rewards import RewardConfig
-from trimtab.types import Group, Prompt
+from trimtab.types import Group
 
 
 class SampleConfig(Config):
@@ -51,9 +50,9 @@ def sample(config: SampleConfig) -> list[Group]:
     engine = LocalEngine(model, config.sampling, config.engine)
     groups = engine.generate(prompts, config.n, seed=seeds.derive(config.seed, "sample"))
     if config.reward is not None:
-        groups = best_of(groups, rewards.make(config.reward, device=config.model.device))
+        groups = best_of(groups, rewards.make(config.reward, device=config.model.device, policy=model.template))
     if config.output is not None:
-        write_jsonl(Path(config.output), [to_row(group) for group in groups])
+        write_jsonl(Path(config.output), [group_row(group) for group in groups])
     return groups
 
 
@@ -61,16 +60,3 @@ def best_of(groups: Sequence[Group], reward: Reward) -> list[Group]:
     """Each group with only its highest-scoring response (the first of several equal ones)."""
     scores = reward.score(groups)
     return [g.only([max(range(len(row)), key=lambda i: row[i].total)]) for g, row in zip(groups, scores, strict=True)]
-
-
-def to_row(group: Group) -> dict[str, Any]:
-    """A group as a data row: prompt, responses, and which were cut off."""
-    prompt: Any = group.prompt.text if isinstance(group.prompt.text, str) else [dict(turn) for turn in group.prompt.text]
-    return {"prompt": prompt, "responses": [r.text for r in group.responses], "truncated": [r.truncated for r in group.responses]}
-
-
-def from_row(row: dict[str, Any], template: Any) -> Group:
-    """The inverse of `to_row`."""
-    prompt: Prompt = template.prompt(row["prompt"])
-    answers = zip(row["responses"], row["truncated"], strict=True)
-    return Group(prompt, tuple(template.response(prompt, text, truncated=cut) for text, cut in answers))

@@ -57,4 +57,4 @@ def sft(config: SFTConfig, run: Path, tracker: Tracker) -> dict[str, float]:
 
     hooks = Hooks(evaluate, lambda step: save_checkpoint(run, step, tracker, model=model))
     optimiser = Optimiser(model.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
-    return fit(data, model.forward, loss, optimiser, config.fit, tracker, hooks, seed=config.seed)
+    return fit(data, model.forward, loss, [optimiser], config.fit, tracker, hooks, seed=config.seed)

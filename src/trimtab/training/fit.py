@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -43,7 +43,7 @@ def fit(
     data: Batch,
     forward: Callable[[Batch], Outputs],
     loss: LossFunction,
-    optimiser: Optimiser,
+    optimisers: Sequence[Optimiser],
     config: FitConfig,
     tracker: Tracker,
     hooks: Hooks,
@@ -58,10 +58,10 @@ def fit(
     for step in range(total):
         start = time.perf_counter()
         batch = data.select(cursor.at(step))
-        raw = update(batch, forward, loss, [optimiser], at=step, token_budget=config.micro_batch_tokens)
+        raw = update(batch, forward, loss, optimisers, at=step, token_budget=config.micro_batch_tokens)
         metrics = {name: value for name, value in raw.items() if "/" in name}
         metrics |= {"optim/grad_norm": raw["grad_norm"]}
-        metrics |= {"optim/lr": optimiser.lr(step), "progress/epoch": cursor.epoch(step + 1), "time/step": time.perf_counter() - start}
+        metrics |= {"optim/lr": optimisers[0].lr(step), "progress/epoch": cursor.epoch(step + 1), "time/step": time.perf_counter() - start}
         last = step + 1 == total
         if last or (config.eval_every and (step + 1) % config.eval_every == 0):
             metrics |= hooks.evaluate()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -66,20 +66,21 @@ class Optimiser:
         return learning_rate(self.config, at, self.total_steps)
 
     @torch.no_grad()
-    def step(self, at: int) -> float:
-        """Clip, step, and clear the gradients; returns the gradient's global norm before clipping.
-
-        at: the position in the learning-rate schedule. Raises NumericalError, with nothing changed but the gradients cleared, if the norm is not finite.
-        """
-        grads = [m.grad for m in self.masters.values() if m.grad is not None]
+    def grad_norm(self) -> float:
+        """The global norm of the gradients gathered so far. Raises NumericalError if there is none or it is not finite."""
+        grads = self._grads()
         if not grads:
             raise NumericalError("no parameter received a gradient", fix="nothing to train: check model.lora and the data")
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads])))
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).double()))
         if not math.isfinite(norm):
-            self.zero_grad()
             raise NumericalError(f"the gradient's norm is {norm}; the step was not taken", fix="lower the learning rate or look at the batch")
+        return norm
+
+    @torch.no_grad()
+    def step(self, at: int, norm: float) -> None:
+        """Clip gradients of this norm, step, and clear them. at: the position in the learning-rate schedule."""
         if norm > self.config.max_grad_norm:
-            torch._foreach_mul_(grads, self.config.max_grad_norm / norm)
+            torch._foreach_mul_(self._grads(), self.config.max_grad_norm / norm)
         for group in self.adam.param_groups:
             group["lr"] = self.lr(at)
         self.adam.step()
@@ -87,21 +88,19 @@ class Optimiser:
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
         self.zero_grad()
-        return norm
+
+    def _grads(self) -> list[Tensor]:
+        return [m.grad for m in self.masters.values() if m.grad is not None]
 
     def zero_grad(self) -> None:
         """Forget the gradients gathered so far."""
         for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is parameter:
-                parameter.grad = None
-            else:
-                parameter.grad = None
-                assert master.grad is not None
+            master, parameter.grad = self.masters[name], None
+            if master is not parameter and master.grad is not None:
                 master.grad.zero_()
 
 
-def _adder(master: Tensor):  # type: ignore[no-untyped-def]
+def _adder(master: Tensor) -> Callable[[Tensor], None]:
     def add(parameter: Tensor) -> None:
         assert master.grad is not None and parameter.grad is not None
         master.grad += parameter.grad

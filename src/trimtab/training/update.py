@@ -28,22 +28,36 @@ def update(
     The result does not depend on how the minibatch is cut into micro-batches of at most `token_budget` packed tokens.
     Raises NumericalError, with no weight changed, when a loss or a gradient is not finite.
     """
+    try:
+        means, maxima = _gather(batch, forward, loss, token_budget)
+        norms = [optimiser.grad_norm() for optimiser in optimisers]
+    except BaseException:
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        raise
+    for optimiser, norm in zip(optimisers, norms, strict=True):
+        optimiser.step(at, norm)
+    return {name: float(value) for name, value in {**means, **maxima}.items()} | {"grad_norm": norms[0]}
+
+
+def _gather(
+    batch: Batch, forward: Callable[[Batch], Outputs], loss: LossFunction, token_budget: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients and metrics of a minibatch, micro-batch by micro-batch."""
     counts = Counts.of(batch)
     means: dict[str, Tensor] = {}
     maxima: dict[str, Tensor] = {}
     for micro in batch.micro_batches(token_budget):
         part = loss(forward(micro), micro, counts)
-        if not torch.isfinite(part.value):
-            for optimiser in optimisers:
-                optimiser.zero_grad()
-            raise NumericalError(f"the loss is {float(part.value)}; the step was not taken", where=_where(micro), fix="lower the learning rate")
+        value = part.value.detach()
+        if not torch.isfinite(value):
+            raise NumericalError(f"the loss is {float(value)}; the step was not taken", where=_where(micro), fix="lower the learning rate")
         part.value.backward()
-        for name, value in {**part.means, "loss": part.value}.items():
-            means[name] = means.get(name, torch.zeros(())) + value.detach()
-        for name, value in part.maxima.items():
-            maxima[name] = torch.maximum(maxima[name], value.detach()) if name in maxima else value.detach()
-    norms = [optimiser.step(at) for optimiser in optimisers]
-    return {name: float(value) for name, value in {**means, **maxima}.items()} | {"grad_norm": norms[0]}
+        for name, term in {**part.means, "loss": value}.items():
+            means[name] = means.get(name, torch.zeros(())) + term.detach()
+        for name, term in part.maxima.items():
+            maxima[name] = torch.maximum(maxima[name], term.detach()) if name in maxima else term.detach()
+    return means, maxima
 
 
 def _where(batch: Batch) -> str:

@@ -1,0 +1,216 @@
+"""The run directory: everything a run says, as files.
+
+    config.yaml     the complete, resolved recipe: running it again repeats the run
+    metrics.jsonl   one line per step; fields that measure time begin with "time/", all others repeat with the seed
+    samples.jsonl   responses: prompt, response, reward and its parts, KL, tokens
+    events.jsonl    what happened once: started, saved, finished, interrupted, failed
+    checkpoints/    models; `last` is the newest
+    report.html     all of it to look at
+
+Every line is flushed as it is written, so a killed run loses nothing but perhaps its last, torn line. A number that is
+not finite is stored as null, because JSON has no other word for it. Reports, comparisons and tests read these files,
+never live objects.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+import yaml
+
+from trimtab.errors import RunError, TrimtabError
+
+if TYPE_CHECKING:
+    from trimtab.protocols import Tracker
+
+STREAMS = ("metrics", "samples", "events")
+
+
+class RunDirectory:
+    """Writes a run's files (it is a Tracker, and passes everything on to others), or reads those of an earlier run.
+
+    As a context manager it records how the run ended and closes its files, also on Ctrl-C and on an error. A run that
+    ends before its first step brings back the run it was to replace.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.trackers: list[Tracker] = []
+        self._files: dict[str, IO[str]] = {}
+        self._aside: Path | None = None  # the run this one replaces, until it has taken a step
+        self._stepped = False
+
+    @classmethod
+    def create(cls, path: str | Path, config_yaml: str, trackers: Sequence[Tracker] = (), *, overwrite: bool = False) -> RunDirectory:
+        """Start a new run. With `overwrite`, an earlier run there is replaced once this one has taken its first step.
+
+        Raises RunError if the folder holds something already, or cannot be written.
+        """
+        run = cls(Path(path))
+        run.trackers = list(trackers)
+        try:
+            if run.path.exists() and any(run.path.iterdir()):
+                run._set_aside(overwrite)
+            (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (run.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+            for stream in STREAMS:
+                # A lone surrogate in a data row has no UTF-8; as a backslash escape it is valid JSON and reads back unchanged.
+                run._files[stream] = (run.path / f"{stream}.jsonl").open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
+        except OSError as error:
+            run._bring_back()
+            raise RunError(f"cannot write here: {error.strerror}", where=str(path), fix="choose a folder you can write to") from None
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """Read an earlier run. Raises RunError if there is none."""
+        if not (Path(path) / "config.yaml").is_file():
+            raise RunError("this is no run directory (it has no config.yaml)", where=str(path), fix="name the output folder of a stage")
+        return cls(Path(path))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics: {"step": step, name: number, ...}."""
+        self._stepped = True
+        self._drop_aside()
+        self._write("metrics", {"step": step, **{name: float(value) for name, value in metrics.items()}})
+        self._tell(lambda tracker: tracker.log(step, metrics))
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """One line per response: {"step": step, "prompt": ..., "response": ..., ...}."""
+        rows = list(rows)
+        for row in rows:
+            self._write("samples", {"step": step, **row})
+        self._tell(lambda tracker: tracker.samples(step, rows))
+
+    def event(self, kind: str, **details: Any) -> None:
+        """One line, with the time of day in seconds: {"time": ..., "event": kind, ...}."""
+        self._write("events", {"time": time.time(), "event": kind, **details})
+        self._tell(lambda tracker: tracker.event(kind, **details))
+
+    def close(self) -> None:
+        """Close the files and the other trackers."""
+        self._tell(lambda tracker: tracker.close())
+        self.trackers = []
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        ended_early = error is not None and not self._stepped
+        try:
+            if error is None:
+                self.event("finished")
+            elif isinstance(error, KeyboardInterrupt):
+                self.event("interrupted")
+            else:
+                self.event("failed", error=f"{type(error).__name__}: {error}")
+        finally:
+            self.close()
+            if ended_early and self._aside is not None:
+                self._bring_back()
+            elif ended_early and isinstance(error, TrimtabError):
+                shutil.rmtree(self.path)  # a mistake found before the first step leaves no half-made run in the way
+            self._drop_aside()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metrics of every step so far."""
+        return self._read("metrics")
+
+    def sample_rows(self) -> list[dict[str, Any]]:
+        """The recorded responses."""
+        return self._read("samples")
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened."""
+        return self._read("events")
+
+    def config(self) -> dict[str, Any]:
+        """The recipe. Raises RunError if it cannot be read."""
+        try:
+            loaded = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            loaded = None
+        if not isinstance(loaded, dict):
+            raise RunError("config.yaml is damaged", where=str(self.path), fix="restore it, or run the stage again")
+        return loaded
+
+    def _set_aside(self, overwrite: bool) -> None:
+        if not (self.path / "config.yaml").exists():
+            raise RunError("this folder holds something other than a run", where=str(self.path), fix="choose another output")
+        if not overwrite:
+            raise RunError("this folder already holds a run", where=str(self.path), fix="choose another output, or add --overwrite")
+        aside = self.path.with_name(f".{self.path.name}-replaced-{os.getpid()}")
+        self.path.rename(aside)
+        self._aside = aside
+
+    def _bring_back(self) -> None:
+        if self._aside is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._aside.rename(self.path)
+            self._aside = None
+
+    def _drop_aside(self) -> None:
+        if self._aside is not None:
+            shutil.rmtree(self._aside, ignore_errors=True)
+            self._aside = None
+
+    def _tell(self, message: Callable[[Tracker], None]) -> None:
+        """Pass a message on. A tracker that fails (no network, a full disk) is left out from then on; the run goes on."""
+        for tracker in tuple(self.trackers):
+            try:
+                message(tracker)
+            except Exception as error:  # a tracker is other people's code: anything may come out of it
+                self.trackers.remove(tracker)
+                name, text = type(tracker).__name__, f"{type(error).__name__}: {error}"
+                self._write("events", {"time": time.time(), "event": "tracker failed", "tracker": name, "error": text})
+                print(f"{name} failed and is left out from here on; the run goes on ({text})", file=sys.stderr)
+
+    def _write(self, stream: str, row: Mapping[str, Any]) -> None:
+        file = self._files[stream]
+        try:
+            file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+            file.flush()
+        except OSError as error:
+            raise RunError(f"cannot write {stream}.jsonl: {error.strerror}", where=str(self.path), fix="free space on the disk") from error
+
+    def _read(self, stream: str) -> list[dict[str, Any]]:
+        path = self.path / f"{stream}.jsonl"
+        if not path.exists():
+            return []
+        rows = []
+        lines = path.read_bytes().split(b"\n")  # not splitlines, which also cuts at separators inside a response's text
+        for number, line in enumerate(lines, 1):
+            try:
+                if line:
+                    rows.append(json.loads(line))
+            except ValueError:  # not JSON, or not UTF-8
+                if number < len(lines):  # what follows the last newline is a killed run's torn line
+                    raise RunError("not valid JSON", where=f"{path}:{number}", fix="remove the damaged line") from None
+        return rows
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it: numbers of any library become floats, those that are not finite null, other things text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return number if math.isfinite(number) else None

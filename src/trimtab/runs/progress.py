@@ -1,0 +1,83 @@
+"""Progress on the terminal, as a tracker: a bar with the time left, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+HEADLINES = ("reward/mean", "kl/mean", "loss/nll", "loss/pair", "loss/dpo", "train/accuracy", "eval/accuracy", "eval/nll")
+"""The numbers worth a glance while a run goes on, in this order; those a run has are shown."""
+
+SECONDS_BETWEEN_LINES = 15
+
+
+class Progress:
+    """Shows step, time left and the headline numbers on standard error.
+
+    The `training` event says how many `steps` there are. Without a terminal, a line is written at the first step, at the
+    last, and every quarter of a minute between them, with no control characters.
+    """
+
+    def __init__(self, title: str, keys: Sequence[str] = HEADLINES) -> None:
+        self.title, self.keys, self.total = title, keys, 0
+        self._bar: tuple[Bar, TaskID] | None = None
+        self._start = time.monotonic()
+        self._last_line: float | None = None
+
+    def event(self, kind: str, **details: Any) -> None:
+        if kind == "training":
+            self.total, self._start = int(details["steps"]), time.monotonic()
+            if sys.stderr.isatty():
+                self._bar = _open(self.title, self.total)
+        if details.get("skipped"):
+            print(f"{self.title}: {details['skipped']} rows were skipped; events.jsonl lists them", file=sys.stderr)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        shown = "  ".join(f"{_short(name)} {metrics[name]:.3f}" for name in self.keys if name in metrics)
+        now, done = time.monotonic(), step + 1
+        if self._bar is not None:
+            bar, task = self._bar
+            bar.update(task, completed=done, shown=shown)
+        elif self._last_line is None or now - self._last_line > SECONDS_BETWEEN_LINES or done == self.total:
+            self._last_line = now
+            left = (now - self._start) / done * max(self.total - done, 0)
+            count = f"{done}/{self.total}, {left:.0f} s left" if self.total else str(done)
+            print(f"{self.title}: step {count}  {shown}".rstrip(), file=sys.stderr, flush=True)
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar[0].stop()
+            self._bar = None
+
+
+def _short(name: str) -> str:
+    """`reward/mean` is "reward", other names keep their last word: `loss/nll` is "nll", `eval/accuracy` "eval accuracy"."""
+    prefix, _, last = name.rpartition("/")
+    return prefix if last == "mean" else last if prefix == "loss" else f"{prefix} {last}".strip()
+
+
+def _open(title: str, total: int) -> tuple[Bar, TaskID]:
+    from rich import progress
+    from rich.console import Console
+    from rich.markup import escape
+
+    bar = progress.Progress(
+        progress.TextColumn(f"[bold]{escape(title)}"),
+        progress.BarColumn(bar_width=24),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("[dim]{task.fields[shown]}"),
+        console=Console(stderr=True),
+    )
+    task = bar.add_task("", total=total, shown="")
+    bar.start()
+    return bar, task

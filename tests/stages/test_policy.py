@@ -1,0 +1,211 @@
+"""The policy stage: invariants of PPO that hold in every run, on tiny real models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from trimtab.config import load_recipe
+from trimtab.errors import ConfigError, RewardError
+from trimtab.models.scorer import Scorer
+from trimtab.stages.policy import PolicyLearning, policy, policy_config
+
+REWARD = "def letters(prompt, response, row):\n    return float(sum(c in 'aeiou' for c in response))\n"
+
+
+@pytest.fixture()
+def place(tmp_path: Path) -> Path:
+    tiny.folder(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {w}"}) + "\n" for w in ("one", "two", "three", "four")))
+    (tmp_path / "reward.py").write_text(REWARD)
+    return tmp_path
+
+
+def recipe(place: Path, *overrides: str) -> Any:
+    settings = [
+        f"model.path={place / 'model'}", f"data.path={place / 'prompts.jsonl'}", f"reward.function={place / 'reward.py'}:letters",
+        f"output={place / 'run'}", "model.dtype=float32", "sampling.max_tokens=8", "steps=2", "prompts_per_step=4", "responses_per_prompt=2",
+        "optim.lr=1e-3", "samples_every=1",
+    ]  # fmt: skip
+    return load_recipe(policy_config("ppo"), None, [*settings, *overrides])
+
+
+def run(place: Path, *overrides: str) -> tiny.Recorder:
+    tracker = tiny.Recorder()
+    policy("ppo", recipe(place, *overrides), place / "run", tracker)
+    return tracker
+
+
+@pytest.mark.parametrize("arrangement", [(), ("critic.trunk=own",), ("model.lora={rank: 4}",), ("model.dtype=bfloat16",)])
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_first_update_has_ratio_one_and_kl_zero_exactly(place: Path, arrangement: tuple[str, ...], minibatches: int) -> None:
+    tracker = run(place, "algorithm.epochs=2", f"algorithm.minibatches={minibatches}", "micro_batch_tokens=40", *arrangement)
+    for row in tracker.metrics:
+        assert row["policy/first_ratio_max"] == 1.0
+        assert row["policy/first_approx_kl"] == 0.0
+        assert row["policy/approx_kl"] > 0  # and it moves afterwards
+    assert tracker.metrics[0]["kl/mean"] == pytest.approx(0, abs=1e-6)
+    assert tracker.metrics[1]["kl/mean"] != 0
+
+
+@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (3, 2), (2, 4)])
+def test_epochs_times_minibatches_steps_are_taken(place: Path, epochs: int, minibatches: int) -> None:
+    learner = PolicyLearning("ppo", recipe(place, f"algorithm.epochs={epochs}", f"algorithm.minibatches={minibatches}"))
+    taken = []
+    learner.actor.optimiser.adam.register_step_post_hook(lambda *_: taken.append(1))
+    _, metrics = learner.step(0)
+    assert len(taken) == metrics["progress/updates"] == epochs * minibatches
+
+
+def test_same_seed_same_run_other_seed_another(place: Path) -> None:
+    def timeless(*overrides: str) -> list[dict[str, float]]:
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in run(place, *overrides).metrics]
+
+    first, again, other = timeless(), timeless(), timeless("seed=1")
+    assert first == again
+    assert first != other
+
+
+def test_target_kl_stops_the_inner_epochs(place: Path) -> None:
+    free = run(place, "algorithm.epochs=6", "optim.lr=3e-2").metrics[0]
+    held = run(place, "algorithm.epochs=6", "optim.lr=3e-2", "algorithm.target_kl=0.01").metrics[0]
+    assert free["progress/updates"] == 6
+    assert held["progress/updates"] < 6
+
+
+def test_critic_warm_up_leaves_the_policy_alone(place: Path) -> None:
+    for trunk in ("shared", "own"):
+        learner = PolicyLearning("ppo", recipe(place, f"critic.trunk={trunk}", "critic.warmup_steps=1", "critic.optim.lr=1e-2"))
+        before = {name: p.clone() for name, p in learner.actor.policy.trainable().items()}
+        losses = [learner.step(0)[1]["critic/loss"] for _ in range(3)]
+        assert all(torch.equal(before[name], p) for name, p in learner.actor.policy.trainable().items())
+        assert losses[-1] < losses[0]
+        learner.step(1)
+        assert any(not torch.equal(before[name], p) for name, p in learner.actor.policy.trainable().items())
+
+
+def test_critic_takes_its_own_number_of_updates(place: Path) -> None:
+    learner = PolicyLearning("ppo", recipe(place, "critic.trunk=own", "critic.updates=3", "algorithm.epochs=2"))
+    taken: list[str] = []
+    learner.actor.optimiser.adam.register_step_post_hook(lambda *_: taken.append("policy"))
+    learner.actor.critic_optimiser.adam.register_step_post_hook(lambda *_: taken.append("critic"))
+    learner.step(0)
+    assert taken == ["policy", "critic", "critic", "critic"] * 2
+
+
+def test_missing_eos_is_penalised_and_rewards_normalised(place: Path) -> None:
+    learner = PolicyLearning("ppo", recipe(place, "shaping.missing_eos_penalty=5", "shaping.normalise=true", "shaping.clip=2"))
+    groups = learner.engine.generate(learner.prompts, 2, seed=0)
+    batch = learner.look(groups, learner.reward.score(groups))
+    raw, shaped = batch.responses["score"], batch.responses["reward"]
+    white = ((raw - raw.mean()) / raw.std(correction=0)).clamp(-2, 2)
+    assert torch.allclose(shaped, white - 5 * batch.truncated, atol=1e-5)
+    assert batch.truncated.any()
+
+
+def test_the_score_sits_on_the_last_token_and_kl_on_every_token(place: Path) -> None:
+    learner = PolicyLearning("ppo", recipe(place, "algorithm.kl.beta=0.3"))
+    learner.step(0)  # so that policy and reference differ
+    groups = learner.engine.generate(learner.prompts, 2, seed=5)
+    batch = learner.algorithm.credit(learner.look(groups, learner.reward.score(groups)))
+    expected = -0.3 * (batch.tokens["logprobs_old"] - batch.tokens["logprobs_ref"]).double()
+    expected[batch.last_token] += batch.responses["reward"]
+    assert torch.allclose(batch.tokens["token_rewards"].double(), expected, atol=1e-5)
+    assert float(batch.tokens["advantages"].mean()) == pytest.approx(0, abs=1e-5)
+    assert float(batch.tokens["advantages"].std(correction=0)) == pytest.approx(1, abs=1e-3)
+
+
+def test_adaptive_beta_moves(place: Path) -> None:
+    betas = [row["kl/beta"] for row in run(place, "algorithm.kl.target=50", "algorithm.kl.horizon=10").metrics]
+    assert betas[0] < 0.05
+    assert betas[1] < betas[0]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_policy_and_critic_load_in_plain_transformers(place: Path, lora: bool) -> None:
+    overrides = ["critic.trunk=own"] + (["model.lora={rank: 4}"] if lora else [])
+    config = recipe(place, *overrides)
+    tracker = tiny.Recorder()
+    policy("ppo", config, place / "run", tracker)
+    saved = place / "run" / "checkpoints" / "last"
+    ids = torch.tensor([[7, 8, 9, 10]])
+    if lora:
+        from peft import PeftModel
+
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "model"), saved / "model")
+        assert not torch.equal(plain(ids).logits, AutoModelForCausalLM.from_pretrained(place / "model")(ids).logits)
+        assert (saved / "model" / "adapter_config.json").exists()
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(saved / "model")
+        assert torch.isfinite(plain(ids).logits).all()
+        critic = AutoModelForSequenceClassification.from_pretrained(saved / "critic")
+        assert critic.num_labels == 1
+
+
+def test_shared_value_head_is_saved(place: Path) -> None:
+    from safetensors.torch import load_file
+
+    run(place)
+    head = load_file(place / "run" / "checkpoints" / "last" / "model" / "value_head.safetensors")
+    assert head["weight"].abs().sum() > 0
+
+
+def test_reward_model_with_another_tokenizer_and_critic_from_it(place: Path) -> None:
+    tiny.folder(place / "other", "gpt2", chat=True)
+    scorer = Scorer.load(recipe(place).model.model_copy(update={"path": str(place / "other")}), head="normal")
+    scorer.save(place / "rm")
+    tracker = run(place, "reward.function=null", f"reward.model={place / 'rm'}", "critic.trunk=own", "critic.init=reward", "data.template=plain")
+    assert {"rm"} == set(tracker.rows[0]["parts"])
+    assert tracker.metrics[0]["critic/explained_variance"] != 0  # the critic starts as the reward model, not at zero
+
+
+def test_combined_rewards_report_their_parts(place: Path) -> None:
+    members = f"[{{function: {place / 'reward.py'}:letters, name: vowels}}, {{function: {place / 'reward.py'}:letters, name: again, weight: 2}}]"
+    tracker = run(place, "reward.function=null", f"reward.members={members}")
+    row = tracker.rows[0]
+    assert row["reward"] == pytest.approx(row["parts"]["vowels"] + 2 * row["parts"]["again"])
+    assert "reward/vowels" in tracker.metrics[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def f(p, r, row):\n    raise KeyError('x')", "raised KeyError"),
+        ("def f(p, r, row):\n    return float('nan')", "returned nan"),
+        ("def f(p, r, row):\n    return 'good'", "not a number"),
+        ("def f(p, r, row):\n    return None", "not a number"),
+    ],
+)
+def test_a_bad_reward_function_is_named(place: Path, body: str, message: str) -> None:
+    (place / "bad.py").write_text(body)
+    with pytest.raises(RewardError, match=message):
+        run(place, f"reward.function={place / 'bad.py'}:f")
+
+
+def test_batched_reward_with_the_wrong_count_is_named(place: Path) -> None:
+    (place / "bad.py").write_text("def f(prompts, responses, rows):\n    return [1.0]")
+    with pytest.raises(RewardError, match="1 scores for 8 responses"):
+        run(place, f"reward.function={place / 'bad.py'}:f", "reward.batched=true")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.temperature=0", "temperature must be above 0"),
+        ("sampling.top_p=0.9", "top_p and top_k must be off"),
+        ("algorithm.kl.beta=-1", "algorithm.kl.beta"),
+        ("responses_per_prompt=0", "responses_per_prompt"),
+        ("algorithm.epoch=3", "did you mean 'algorithm.epochs'"),
+        ("critic.init=reward", "no single reward model"),
+        ("reward.function=null", "no reward is set"),
+    ],
+)
+def test_bad_settings_are_named(place: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(place, "critic.trunk=own", override)
