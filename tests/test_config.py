@@ -65,7 +65,14 @@ def test_files_that_are_no_recipe_are_named(tmp_path: Path) -> None:
 
 def test_help_shows_the_default_that_is_really_used() -> None:
     shown = {setting.name: setting.default for setting in describe_settings(OuterConfig)}
-    assert shown == {"inner.rate": "0.25", "inner.names": "[]", "maybe.rate": "0.5", "maybe.names": "[]", "count": "3", "path": "(required)"}
+    assert shown == {
+        "inner.rate": "0.25",
+        "inner.names": "[]",
+        "maybe.rate": "0.5",
+        "maybe.names": "[]",
+        "count": "3",
+        "path": "(required)",
+    }
 
 
 def test_schema_is_json_with_descriptions() -> None:

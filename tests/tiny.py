@@ -9,8 +9,7 @@ import torch
 
 VOCABULARY = 128
 CHAT = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
@@ -39,10 +38,11 @@ def config(architecture: str, **changes: Any) -> Any:
     """The configuration of a tiny model: "llama", "qwen3", "gemma3" or "gpt2"."""
     from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3Config
 
-    common: dict[str, Any] = dict(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, bos_token_id=1, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+    special: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
+    common: dict[str, Any] = {
+        **special, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }  # fmt: skip
     if architecture == "llama":
         return LlamaConfig(**{**common, "tie_word_embeddings": True, **changes})
     if architecture == "qwen3":
@@ -51,7 +51,7 @@ def config(architecture: str, **changes: Any) -> Any:
         own = {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16}
         return Gemma3TextConfig(**{**common, **own, "final_logit_softcapping": 5.0, **changes})
     if architecture == "gpt2":
-        own = dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=0, pad_token_id=0)
+        own = {**special, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
         return GPT2Config(**{**own, **changes})
     raise ValueError(architecture)
 
@@ -72,7 +72,9 @@ def model(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, 
     return made.to(dtype).eval()
 
 
-def folder(path: Path, architecture: str = "llama", chat: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+def folder(
+    path: Path, architecture: str = "llama", chat: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
     """The same saved in Hugging Face layout with its tokenizer."""
     model(architecture, dtype, seed, **changes).save_pretrained(path)
     tokenizer(chat).save_pretrained(path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -137,7 +137,7 @@ class Batch:
         """Cut into `count` batches with as equal a number of groups as possible; `order` permutes the groups first."""
         order = list(range(len(self.groups))) if order is None else list(order)
         bounds = [round(i * len(order) / count) for i in range(count + 1)]
-        return [self.select(order[a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+        return [self.select(order[a:b]) for a, b in pairwise(bounds) if b > a]
 
 
 @dataclass(frozen=True)

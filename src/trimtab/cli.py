@@ -32,14 +32,20 @@ COMMANDS = {
     "ppo": Command("improve a policy against a reward with PPO", "trimtab.stages.policy:policy_config", "trimtab.stages.policy:policy"),
     "dpo": Command("learn from preferences directly", "trimtab.stages.preference:DPOConfig", "trimtab.stages.preference:preference"),
     "evaluate": Command(
-        "held-out reward, KL and win rate against another model", "trimtab.stages.evaluate:EvaluateConfig", "trimtab.stages.evaluate:evaluate"
+        "held-out reward, KL and win rate against another model",
+        "trimtab.stages.evaluate:EvaluateConfig",
+        "trimtab.stages.evaluate:evaluate",
     ),
     "sample": Command("sample responses, or keep the best of n", "trimtab.stages.sample:SampleConfig", "trimtab.cli:_sample", "action"),
     "annotate": Command(
         "compare samples with the simulated annotator", "trimtab.demo.annotate:AnnotateConfig", "trimtab.demo.annotate:annotate", "action"
     ),
-    "merge": Command("merge a LoRA adapter into its base model", "trimtab.models.merge:MergeConfig", "trimtab.models.merge:merge", "action"),
-    "demo": Command("the whole story on a small model, in about ten minutes", "trimtab.demo.story:DemoConfig", "trimtab.demo.story:demo", "action"),
+    "merge": Command(
+        "merge a LoRA adapter into its base model", "trimtab.models.merge:MergeConfig", "trimtab.models.merge:merge", "action"
+    ),
+    "demo": Command(
+        "the whole story on a small model, in about ten minutes", "trimtab.demo.story:DemoConfig", "trimtab.demo.story:demo", "action"
+    ),
 }
 TOOLS = {
     "report": "rebuild RUN/report.html, or compare several runs: trimtab report RUN [RUN...] [--output FILE]",
@@ -94,7 +100,9 @@ def _run(name: str, words: list[str]) -> int:
     recipe = Path(words.pop(0)) if words and "=" not in words[0] else None
     for word in words:
         if word.startswith("--"):
-            raise ConfigError(f"unknown option {word!r}", where="command line", fix="settings are written key=value; the only option is --overwrite")
+            raise ConfigError(
+                f"unknown option {word!r}", where="command line", fix="settings are written key=value; the only option is --overwrite"
+            )
     _quieten()
     config = load_recipe(_config_of(name), recipe, words)
     run = _load(command.run)
@@ -149,7 +157,11 @@ def _sample(config: Any) -> None:
     for group in sample(config):
         if config.output is None:
             for response in group.responses:
-                print(json.dumps({"prompt": group.prompt.as_text, "response": response.text, "truncated": response.truncated}, ensure_ascii=False))
+                print(
+                    json.dumps(
+                        {"prompt": group.prompt.as_text, "response": response.text, "truncated": response.truncated}, ensure_ascii=False
+                    )
+                )
 
 
 def _report(words: list[str]) -> int:

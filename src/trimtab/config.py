@@ -146,7 +146,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except IsADirectoryError:
         raise ConfigError("this is a folder, not a recipe", where=str(path), fix="name a .yaml file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"not valid UTF-8 ({error.reason} at byte {error.start})", where=str(path), fix="save the recipe as UTF-8") from None
+        raise ConfigError(
+            f"not valid UTF-8 ({error.reason} at byte {error.start})", where=str(path), fix="save the recipe as UTF-8"
+        ) from None
     try:
         settings = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -188,7 +190,11 @@ def _explain(kind: type[Config], problem: Any) -> tuple[str, str | None]:
         same_leaf = [dotted for dotted in known if dotted.split(".")[-1] == name.split(".")[-1]]
         near = same_leaf[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         parent = name.rpartition(".")[0]
-        siblings = sorted({dotted[len(parent) + 1 :].split(".")[0] for dotted in known if dotted.startswith(f"{parent}.")} if parent else {d.split(".")[0] for d in known})
+        siblings = sorted(
+            {dotted[len(parent) + 1 :].split(".")[0] for dotted in known if dotted.startswith(f"{parent}.")}
+            if parent
+            else {d.split(".")[0] for d in known}
+        )
         fix = f"did you mean {near[0]!r}?" if near else f"settings here are: {', '.join(siblings)}"
         return f"unknown setting {name!r}", fix
     if problem["type"] == "missing":

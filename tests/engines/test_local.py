@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from trimtab.batch import Batch
 from trimtab.data.templates import Template
 from trimtab.engines.local import EngineConfig, LocalEngine

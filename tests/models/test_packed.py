@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from trimtab.batch import Batch
 from trimtab.data.templates import Template
 from trimtab.maths import logprobs as logprobs_module
@@ -115,5 +115,5 @@ def test_a_model_that_ignores_the_layout_is_refused() -> None:
 
     packed.register()
     mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(ModelError, match="not supported|cannot be packed"):
+    with pytest.raises(ModelError, match=r"not supported|cannot be packed"):
         LanguageModel(mamba.eval(), Template.of(tiny.tokenizer()))

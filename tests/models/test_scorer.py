@@ -1,14 +1,14 @@
-"""A scorer reads each response at its end token (a cut-off one gets one), and loads in plain transformers with the same score, also when pad is EOS."""
+"""Scores are read at the end token (a cut-off response gets one), and load in plain transformers, also when pad is EOS."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import tiny
 from trimtab.batch import Batch
 from trimtab.models import loading
 from trimtab.models.loading import LoraConfig, ModelConfig

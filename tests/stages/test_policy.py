@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import tiny
 from trimtab.config import load_recipe
 from trimtab.errors import ConfigError, RewardError
 from trimtab.models.scorer import Scorer
@@ -19,7 +19,7 @@ from trimtab.stages.policy import PolicyLearning, policy, policy_config
 REWARD = "def letters(prompt, response, row):\n    return float(sum(c in 'aeiou' for c in response))\n"
 
 
-@pytest.fixture()
+@pytest.fixture
 def place(tmp_path: Path) -> Path:
     tiny.folder(tmp_path / "model")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {w}"}) + "\n" for w in ("one", "two", "three", "four")))
@@ -30,8 +30,8 @@ def place(tmp_path: Path) -> Path:
 def recipe(place: Path, *overrides: str) -> Any:
     settings = [
         f"model.path={place / 'model'}", f"data.path={place / 'prompts.jsonl'}", f"reward.function={place / 'reward.py'}:letters",
-        f"output={place / 'run'}", "model.dtype=float32", "sampling.max_tokens=8", "steps=2", "prompts_per_step=4", "responses_per_prompt=2",
-        "optim.lr=1e-3", "samples_every=1",
+        f"output={place / 'run'}", "model.dtype=float32", "sampling.max_tokens=8", "steps=2", "prompts_per_step=4",
+        "responses_per_prompt=2", "optim.lr=1e-3", "samples_every=1",
     ]  # fmt: skip
     return load_recipe(policy_config("ppo"), None, [*settings, *overrides])
 
@@ -160,13 +160,17 @@ def test_reward_model_with_another_tokenizer_and_critic_from_it(place: Path) -> 
     tiny.folder(place / "other", "gpt2", chat=True)
     scorer = Scorer.load(recipe(place).model.model_copy(update={"path": str(place / "other")}), head="normal")
     scorer.save(place / "rm")
-    tracker = run(place, "reward.function=null", f"reward.model={place / 'rm'}", "critic.trunk=own", "critic.init=reward", "data.template=plain")
+    tracker = run(
+        place, "reward.function=null", f"reward.model={place / 'rm'}", "critic.trunk=own", "critic.init=reward", "data.template=plain"
+    )
     assert {"rm"} == set(tracker.rows[0]["parts"])
     assert tracker.metrics[0]["critic/explained_variance"] != 0  # the critic starts as the reward model, not at zero
 
 
 def test_combined_rewards_report_their_parts(place: Path) -> None:
-    members = f"[{{function: {place / 'reward.py'}:letters, name: vowels}}, {{function: {place / 'reward.py'}:letters, name: again, weight: 2}}]"
+    members = (
+        f"[{{function: {place / 'reward.py'}:letters, name: vowels}}, {{function: {place / 'reward.py'}:letters, name: again, weight: 2}}]"
+    )
     tracker = run(place, "reward.function=null", f"reward.members={members}")
     row = tracker.rows[0]
     assert row["reward"] == pytest.approx(row["parts"]["vowels"] + 2 * row["parts"]["again"])

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+import tiny
 from trimtab.batch import observe
 from trimtab.config import load_recipe
 from trimtab.data.records import load_comparisons
@@ -28,13 +28,15 @@ from trimtab.stages.sft import SFTConfig, sft
 WORDS = ["apple", "river", "stone", "cloud", "table", "horse", "paper", "light", "green", "seven"]
 
 
-@pytest.fixture()
+@pytest.fixture
 def place(tmp_path: Path) -> Path:
     tiny.folder(tmp_path / "model", scale=1.0)
     with (tmp_path / "sft.jsonl").open("w") as file:
         file.writelines(json.dumps({"prompt": f"{w}:", "completion": "yes yes"}) + "\n" for w in WORDS)
     with (tmp_path / "pairs.jsonl").open("w") as file:
-        file.writelines(json.dumps({"prompt": f"{w}?", "chosen": f"good {w}", "rejected": f"bad {v}"}) + "\n" for w in WORDS for v in WORDS[:4])
+        file.writelines(
+            json.dumps({"prompt": f"{w}?", "chosen": f"good {w}", "rejected": f"bad {v}"}) + "\n" for w in WORDS for v in WORDS[:4]
+        )
     return tmp_path
 
 
@@ -45,12 +47,18 @@ def recipe(kind: Any, place: Path, data: str, *overrides: str) -> Any:
 
 def test_sft_learns_the_answer_and_saves_a_plain_model(place: Path) -> None:
     tracker = tiny.Recorder()
-    metrics = sft(recipe(SFTConfig, place, "sft.jsonl", "fit.steps=120", "optim.lr=1e-2", "data.holdout=0.3", "fit.eval_every=40"), place / "run", tracker)
+    metrics = sft(
+        recipe(SFTConfig, place, "sft.jsonl", "fit.steps=120", "optim.lr=1e-2", "data.holdout=0.3", "fit.eval_every=40"),
+        place / "run",
+        tracker,
+    )
     assert metrics["loss/nll"] < 0.2
     assert metrics["eval/nll"] < 0.5
     model = AutoModelForCausalLM.from_pretrained(place / "run/checkpoints/last/model")
     assert torch.isfinite(model(torch.tensor([[5, 6]])).logits).all()
-    (group,) = sample(SampleConfig(model=ModelConfig(path=str(place / "run")), prompt="house:", sampling={"temperature": 0, "max_tokens": 12}))
+    (group,) = sample(
+        SampleConfig(model=ModelConfig(path=str(place / "run")), prompt="house:", sampling={"temperature": 0, "max_tokens": 12})
+    )
     assert group.responses[0].text == "yes yes"
     assert not group.responses[0].truncated
 
@@ -95,7 +103,9 @@ def test_dpo_margin_is_beta_times_the_log_ratio_of_plain_models(place: Path) -> 
     preference(config, place / "run", tiny.Recorder())
     trained, start = (LanguageModel.load(ModelConfig(path=str(place / p), dtype="float32"), trainable=False) for p in ("run", "model"))
     batch = comparison_batch(load_comparisons(config.data, start.template).records)
-    h = batch.sum_by_response(observe(batch, trained.forward, token_budget=9999).logprobs - observe(batch, start.forward, token_budget=9999).logprobs)
+    h = batch.sum_by_response(
+        observe(batch, trained.forward, token_budget=9999).logprobs - observe(batch, start.forward, token_budget=9999).logprobs
+    )
     better, worse = batch.pairs()
     assert float((h[better] - h[worse]).mean()) > 0
 

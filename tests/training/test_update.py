@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from trimtab.batch import Batch, Counts, Loss, Outputs
 from trimtab.data.templates import Template
 from trimtab.errors import NumericalError
@@ -17,9 +17,7 @@ from trimtab.training.optimiser import OptimConfig, Optimiser, learning_rate
 from trimtab.training.update import update
 from trimtab.types import Group, Prompt, Response
 
-GROUPS = tuple(
-    Group(Prompt((5 + i, 9), ""), (Response((3, 7 + i, 0), ""), Response((8,) * (i + 1) + (0,), ""))) for i in range(8)
-)
+GROUPS = tuple(Group(Prompt((5 + i, 9), ""), (Response((3, 7 + i, 0), ""), Response((8,) * (i + 1) + (0,), ""))) for i in range(8))
 
 
 def nll(how: str):  # type: ignore[no-untyped-def]
@@ -30,7 +28,9 @@ def nll(how: str):  # type: ignore[no-untyped-def]
     return loss
 
 
-def trained(dtype: torch.dtype, budget: int, how: str = "token", order: list[int] | None = None, **optim: float) -> tuple[dict, torch.Tensor]:
+def trained(
+    dtype: torch.dtype, budget: int, how: str = "token", order: list[int] | None = None, **optim: float
+) -> tuple[dict, torch.Tensor]:
     model = LanguageModel(tiny.model("llama", dtype, scale=1.0), Template.of(tiny.tokenizer()))
     optimiser = Optimiser(model.trainable(), OptimConfig(lr=1e-2, schedule="constant", **optim), 10)
     batch = Batch(GROUPS).select(order or range(8))

@@ -44,5 +44,3 @@ class KLPenalty:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.beta = float(state["beta"])
-
-

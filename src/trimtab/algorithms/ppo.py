@@ -1,10 +1,10 @@
 """Proximal policy optimisation (Schulman et al. 2017) as it is used on language models (Ouyang et al. 2022).
 
-    sample     y ~ pi_old(. | x)
-    reward     r_t = -beta (log pi_old - log pi_ref)(y_t) + 1[t = T] r(x, y)
-    credit     A = GAE(r, V_old), R = A + V_old, A whitened over the whole batch
-    policy     -min(rho A, clip(rho, 1 - e, 1 + e) A) - c_H H,     rho = pi / pi_old
-    critic     max((V - R)^2, (clip(V, V_old +- e_v) - R)^2) / 2
+sample     y ~ pi_old(. | x)
+reward     r_t = -beta (log pi_old - log pi_ref)(y_t) + 1[t = T] r(x, y)
+credit     A = GAE(r, V_old), R = A + V_old, A whitened over the whole batch
+policy     -min(rho A, clip(rho, 1 - e, 1 + e) A) - c_H H,     rho = pi / pi_old
+critic     max((V - R)^2, (clip(V, V_old +- e_v) - R)^2) / 2
 """
 
 from __future__ import annotations

@@ -30,4 +30,6 @@ def annotate(config: AnnotateConfig) -> None:
     ranked = annotator.rank(groups, config.temperature, config.seed)
     write_jsonl(config.output, [group_row(comparison.group) for comparison in ranked])
     pairs = sum(len(comparison.pairs()) for comparison in ranked)
-    print(f"annotated {len(ranked)} prompts, {pairs} pairs; the noisy choice agrees with the gold reward in {annotator.agreement(ranked):.1%}")
+    print(
+        f"annotated {len(ranked)} prompts, {pairs} pairs; the noisy choice agrees with the gold reward in {annotator.agreement(ranked):.1%}"
+    )

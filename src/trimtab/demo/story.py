@@ -23,6 +23,7 @@ from trimtab.data.readers import read_rows
 from trimtab.data.records import DataConfig, write_jsonl
 from trimtab.demo.annotate import AnnotateConfig, annotate
 from trimtab.demo.annotator import SimulatedAnnotator
+from trimtab.demo.page import write_demo_report
 from trimtab.engines.local import EngineConfig
 from trimtab.engines.sampling import SamplingConfig
 from trimtab.errors import RunError
@@ -52,9 +53,11 @@ class DemoConfig(Config):
     seed: int = Field(0, ge=0, description="decides every random draw; another seed repeats the experiment")
     model: str = Field(DEFAULT, description="the model to improve")
     max_tokens: int = Field(24, gt=0, description="length of a response")
-    responses_per_prompt: int = Field(4, ge=2, description="responses sampled per prompt for the annotator")
+    prompts: int | None = Field(None, gt=0, description="training prompts to use (null: all)")
+    responses_per_prompt: int = Field(6, ge=2, description="responses sampled per prompt for the annotator to rank")
+    reward_layers: int | None = Field(6, gt=0, description="layers of the reward model: the first of the model's own")
     annotator_temperature: float = Field(0.2, gt=0, description="noise of the simulated annotator")
-    ppo_steps: int = Field(24, gt=0, description="rollout batches of PPO")
+    ppo_steps: int = Field(22, gt=0, description="rollout batches of PPO")
     best_of: int = Field(4, gt=1, description="n of best-of-n")
     held_out: int = Field(HELD_OUT, gt=0, le=HELD_OUT, description="held-out prompts to evaluate on")
 
@@ -67,7 +70,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     with seconds("prepare"):
         model = ModelConfig(path=resolve_path(config.model))
         prompts = [dict(row.values) for row in read_rows(str(PROMPTS))]
-        write_jsonl(folder / "prompts.jsonl", prompts[:-HELD_OUT])
+        write_jsonl(folder / "prompts.jsonl", prompts[:-HELD_OUT][: config.prompts])
         write_jsonl(folder / "held_out.jsonl", prompts[-HELD_OUT:][: config.held_out])
     sampling = SamplingConfig(max_tokens=config.max_tokens)
     prompt_data = DataConfig(path=str(folder / "prompts.jsonl"), template="plain")
@@ -125,17 +128,20 @@ def stage_recipes(
     config: DemoConfig, folder: Path, model: ModelConfig, prompts: DataConfig, comparisons: DataConfig, sampling: SamplingConfig
 ) -> dict[str, Any]:
     """The recipes of the three training stages; each is left in its run directory and runs by itself."""
-    common = {"seed": config.seed, "model": model}
+    common: dict[str, Any] = {"seed": config.seed, "model": model}
+    small = model.model_copy(update={"layers": config.reward_layers})
     return {
         "reward": RewardModelConfig(
-            **common, output=str(folder / "reward"), data=comparisons,
-            fit=FitConfig(batch_size=16, epochs=2), optim=OptimConfig(lr=3e-5, warmup_steps=2),
+            seed=config.seed, model=small, output=str(folder / "reward"), data=comparisons,
+            fit=FitConfig(batch_size=8, epochs=3, eval_every=10), optim=OptimConfig(lr=1e-4, warmup_steps=2),
         ),
         "ppo": policy_config("ppo").model_validate(
             {
                 **common, "output": str(folder / "ppo"), "data": prompts, "sampling": sampling, "steps": config.ppo_steps,
-                "prompts_per_step": 8, "responses_per_prompt": 8, "reward": {"model": str(folder / "reward"), "name": "proxy", "template": "plain"},
-                "algorithm": {"epochs": 1, "kl": {"beta": 0.05}}, "optim": {"lr": 2e-5, "warmup_steps": 1, "schedule": "constant"},
+                "prompts_per_step": 8, "responses_per_prompt": 8,
+                "reward": {"model": str(folder / "reward"), "name": "proxy"},
+                "algorithm": {"epochs": 1, "minibatches": 2, "kl": {"beta": 0.1}},
+                "optim": {"lr": 3e-5, "warmup_steps": 1, "schedule": "constant"},
                 "critic": {"optim": {"lr": 1e-3, "schedule": "constant"}},
             }
         ),
@@ -152,7 +158,7 @@ def evaluate_all(config: DemoConfig, folder: Path, base: ModelConfig, sampling: 
     rows = read_rows(str(folder / "held_out.jsonl"))
     prompts: list[Prompt] = [start.template.prompt(row.values["prompt"]) for row in rows]
     gold = SimulatedAnnotator()
-    proxy = make_reward(RewardConfig(model=str(folder / "reward"), name="proxy", template="plain"))
+    proxy = make_reward(RewardConfig(model=str(folder / "reward"), name="proxy"))
     common: dict[str, Any] = {"seed": config.seed, "rows": 128}
     measured: dict[str, Measured] = {"start": measure(start, start.forward, prompts, [proxy, gold], sampling, **common)}
     for name in ("dpo", "ppo"):
@@ -177,7 +183,7 @@ def summarise(measured: Measured, start: Measured) -> dict[str, float]:
         "win_rate_low": compared["win_rate_low"],
         "win_rate_high": compared["win_rate_high"],
         "kl": mean_interval(measured.kl).estimate,
-        "distinct2_ratio": measured.distinct2 / start.distinct2,
+        "distinct2_ratio": measured.distinct2 / start.distinct2 if start.distinct2 else 1.0,
         "perplexity_under_reference": measured.perplexity,
     }
 

@@ -92,9 +92,7 @@ class LocalEngine:
                 cache.keep(~done)
                 rows, new = rows[~done], new[~done]
             states = model.hidden(new, cache.step(t), cache)
-        return [
-            (row[:n], logps[:n]) for row, logps, n in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
-        ]
+        return [(row[:n], logps[:n]) for row, logps, n in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)]
 
 
 class Cache:

@@ -66,7 +66,7 @@ def token_logprobs(
 
         d log p_y / d z_v = 1[v = y] - p_v          d H / d z_v = -p_v (log p_v + H)
     """
-    logprobs, entropies = _TokenLogprobs.apply(hidden, head.weight, head.bias, targets, head, temperature, entropy)
+    logprobs, entropies = _TokenLogprobs.apply(hidden, head.weight, head.bias, targets, head, temperature, entropy)  # type: ignore[no-untyped-call]
     return logprobs, entropies if entropy else None
 
 

@@ -47,7 +47,9 @@ def _gguf() -> Path:
     places = (found.submodule_search_locations or []) if found else []
     files = [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
     if not files or importlib.util.find_spec("gguf") is None:
-        raise ModelError("the default model is not installed", where="model.path=default", fix=f"{FIX}; or set model.path to a model you have")
+        raise ModelError(
+            "the default model is not installed", where="model.path=default", fix=f"{FIX}; or set model.path to a model you have"
+        )
     return files[0]
 
 

@@ -55,14 +55,17 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def head(self) -> Head:
         """The output head, with whatever scaling the architecture applies to its logits."""
         output, config = self.plain.get_output_embeddings(), self.plain.config.get_text_config()
         if not isinstance(output, nn.Linear):
-            raise ModelError(f"the output head is a {type(output).__name__}, not a linear layer", fix="keep lm_head out of lora.target_modules")
+            raise ModelError(
+                f"the output head is a {type(output).__name__}, not a linear layer", fix="keep lm_head out of lora.target_modules"
+            )
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
         return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
@@ -89,7 +92,8 @@ class LanguageModel:
         """The trunk's last hidden states [n, width] of a packed sequence."""
         trunk = self.plain.base_model
         states = trunk(input_ids=input_ids[None], position_ids=position_ids[None], layout=layout, use_cache=False)
-        return states.last_hidden_state[0]
+        last: Tensor = states.last_hidden_state
+        return last[0]
 
     def forward(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Outputs:
         """Log-probabilities of every response token; entropies if asked; values if there is a value head."""

@@ -91,7 +91,9 @@ def resolve_path(path: str) -> str:
     if not looks_local:
         return path
     if not folder.is_dir():
-        raise ModelError("there is no such model folder", where=path, fix="check the path; a run directory will do, its last model is taken")
+        raise ModelError(
+            "there is no such model folder", where=path, fix="check the path; a run directory will do, its last model is taken"
+        )
     if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
         raise ModelError("this folder holds no config.json or adapter_config.json", where=path, fix="name the folder of a saved model")
     return path
@@ -195,7 +197,9 @@ def save_atomically(folder: Path, write: Callable[[Path], object]) -> Path:
         else:
             os.rename(staging, folder)
     except OSError as error:
-        raise RunError(f"cannot save: {error.strerror or error}", where=str(folder), fix="free space or choose another output folder") from error
+        raise RunError(
+            f"cannot save: {error.strerror or error}", where=str(folder), fix="free space or choose another output folder"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -231,4 +235,6 @@ def _guarded(path: str, what: str, load: Callable[[], Any]) -> Any:
         return load()
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot load the {what}: {reason}", where=path, fix="name a folder in Hugging Face layout with safetensors weights") from error
+        raise ModelError(
+            f"cannot load the {what}: {reason}", where=path, fix="name a folder in Hugging Face layout with safetensors weights"
+        ) from error

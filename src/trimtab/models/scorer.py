@@ -64,7 +64,8 @@ class Scorer:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def head(self) -> Any:
@@ -127,4 +128,5 @@ class Scorer:
 
     def _read(self, states: Tensor, rows: Tensor) -> Tensor:
         dtype = next(self.head.parameters()).dtype
-        return self.head(states.index_select(0, rows).to(dtype))[:, 0].cpu()
+        scores: Tensor = self.head(states.index_select(0, rows).to(dtype))
+        return scores[:, 0].cpu()

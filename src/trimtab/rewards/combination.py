@@ -13,7 +13,8 @@ class CombinedReward:
     """The weighted sum or mean of several rewards, or the smallest of them (worst case); parts keep their own names."""
 
     def __init__(self, members: Sequence[Reward], weights: Sequence[float], how: Literal["mean", "sum", "min"] = "sum") -> None:
-        self.members, self.weights, self.how, self.name = members, weights, how, how
+        self.members, self.weights, self.how = members, weights, how
+        self.name: str = how
 
     def score(self, groups: Sequence[Group]) -> list[list[Score]]:
         tables = [member.score(groups) for member in self.members]

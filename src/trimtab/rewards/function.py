@@ -25,7 +25,7 @@ class FunctionReward:
 
     def __init__(self, function: Callable[..., Any], *, name: str | None = None, batched: bool = False) -> None:
         self.function, self.batched = function, batched
-        self.name = name or getattr(function, "__name__", "reward")
+        self.name: str = name or str(getattr(function, "__name__", "reward"))
 
     def score(self, groups: Sequence[Group]) -> list[list[Score]]:
         samples = [(g.prompt.as_text, r.text, g.prompt.row) for g in groups for r in g.responses]
@@ -48,7 +48,8 @@ class FunctionReward:
             ) from None
         if len(values) != len(samples):
             raise RewardError(
-                f"reward {self.name!r} returned {len(values)} scores for {len(samples)} responses", fix="return one number per response, in order"
+                f"reward {self.name!r} returned {len(values)} scores for {len(samples)} responses",
+                fix="return one number per response, in order",
             )
         return [self._number(value, _where(sample)) for value, sample in zip(values, samples, strict=True)]
 
@@ -67,9 +68,13 @@ class FunctionReward:
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise RewardError(f"reward {self.name!r} returned {value!r}, which is not a number", where=where, fix="return a float") from None
+            raise RewardError(
+                f"reward {self.name!r} returned {value!r}, which is not a number", where=where, fix="return a float"
+            ) from None
         if not math.isfinite(number):
-            raise RewardError(f"reward {self.name!r} returned {number}", where=where, fix="return a finite number, for instance by clipping")
+            raise RewardError(
+                f"reward {self.name!r} returned {number}", where=where, fix="return a finite number, for instance by clipping"
+            )
         return number
 
 
@@ -84,7 +89,8 @@ def load_function(spec: str, *, where: str = "reward.function") -> Callable[...,
             if not path.is_file():
                 raise ConfigError(f"there is no file {place}", where=where, fix="check the path; it is relative to the working folder")
             loader = importlib.util.spec_from_file_location(path.stem, path)
-            assert loader is not None and loader.loader is not None
+            assert loader is not None
+            assert loader.loader is not None
             module = importlib.util.module_from_spec(loader)
             sys.modules.setdefault(path.stem, module)
             loader.loader.exec_module(module)

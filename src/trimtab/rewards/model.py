@@ -46,7 +46,9 @@ class ModelReward:
         assert scores is not None
         for total, response in zip(scores.tolist(), (r for g in groups for r in g.responses), strict=True):
             if not math.isfinite(total):
-                raise RewardError(f"reward model {self.name!r} gave {total}", where=f"response {response.text[:60]!r}", fix="try reward.dtype=float32")
+                raise RewardError(
+                    f"reward model {self.name!r} gave {total}", where=f"response {response.text[:60]!r}", fix="try reward.dtype=float32"
+                )
         flat = iter(scores.tolist())
         return [[Score(total, {self.name: total}) for total in itertools.islice(flat, len(g.responses))] for g in groups]
 

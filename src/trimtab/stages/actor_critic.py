@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
-import torch
 from pydantic import Field
 
 from trimtab.batch import Batch, Counts, Loss, Outputs, observe
@@ -61,7 +60,9 @@ class SavesModel(Protocol):
 class PolicyOnly:
     """No critic: the group-based family and REINFORCE."""
 
-    def __init__(self, policy: LanguageModel, optim: OptimConfig, steps: int, *, temperature: float, token_budget: int, entropy: bool) -> None:
+    def __init__(
+        self, policy: LanguageModel, optim: OptimConfig, steps: int, *, temperature: float, token_budget: int, entropy: bool
+    ) -> None:
         self.policy, self.temperature, self.token_budget, self.entropy = policy, temperature, token_budget, entropy
         self.optimiser = Optimiser(policy.trainable(), optim, steps)
 
@@ -86,7 +87,15 @@ class SharedTrunk(PolicyOnly):
     """A value head on the policy's hidden states: one forward and backward pass trains both."""
 
     def __init__(
-        self, policy: LanguageModel, optim: OptimConfig, critic: CriticConfig, steps: int, *, temperature: float, token_budget: int, entropy: bool
+        self,
+        policy: LanguageModel,
+        optim: OptimConfig,
+        critic: CriticConfig,
+        steps: int,
+        *,
+        temperature: float,
+        token_budget: int,
+        entropy: bool,
     ) -> None:
         super().__init__(policy, optim, steps, temperature=temperature, token_budget=token_budget, entropy=entropy)
         self.critic = critic
@@ -138,7 +147,9 @@ class OwnCritic(PolicyOnly):
     def learn_values(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for _ in range(self.critic.updates):
-            metrics = update(batch, self.scorer.values, algorithm.value_loss, [self.critic_optimiser], at=at, token_budget=self.token_budget)
+            metrics = update(
+                batch, self.scorer.values, algorithm.value_loss, [self.critic_optimiser], at=at, token_budget=self.token_budget
+            )
         return _named("critic", metrics) | {"critic/lr": self.critic_optimiser.lr(at)}
 
     def saveables(self) -> dict[str, SavesModel]:

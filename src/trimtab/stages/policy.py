@@ -6,7 +6,7 @@ One loop for every algorithm; what differs between them is in `algorithms/`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,6 @@ from pydantic import Field, create_model, model_validator
 from trimtab import rewards, seeds
 from trimtab.algorithms import ALGORITHMS
 from trimtab.batch import Batch, Outputs, observe
-from trimtab.config import Config
 from trimtab.data.cursor import Cursor
 from trimtab.data.records import DataConfig, load_prompts
 from trimtab.engines.local import EngineConfig, LocalEngine
@@ -154,7 +153,11 @@ class PolicyLearning:
         config, history = self.config.algorithm, []
         warming = self.algorithm.uses_critic and step < self.config.critic.warmup_steps
         for epoch in range(config.epochs):
-            order = None if epoch == 0 else torch.randperm(len(batch.groups), generator=seeds.generator(self.config.seed, "order", step, epoch)).tolist()
+            order = (
+                None
+                if epoch == 0
+                else torch.randperm(len(batch.groups), generator=seeds.generator(self.config.seed, "order", step, epoch)).tolist()
+            )
             for piece in batch.minibatches(config.minibatches, order):
                 learn = self.actor.learn_values if warming else self.actor.learn
                 history.append(learn(piece, self.algorithm, step))
@@ -179,7 +182,9 @@ def make_actor(model: LanguageModel, algorithm: Algorithm, reward: Reward, confi
         if not isinstance(reward, ModelReward):
             from trimtab.errors import ConfigError
 
-            raise ConfigError("there is no single reward model to start from", where="critic.init", fix="set reward.model, or critic.init=policy")
+            raise ConfigError(
+                "there is no single reward model to start from", where="critic.init", fix="set reward.model, or critic.init=policy"
+            )
         start = start.model_copy(update={"path": config.reward.model})
     scorer = Scorer.load(start, head="saved" if config.critic.init == "reward" else "zero", template=config.data.template)
     return OwnCritic(model, scorer, config.optim, config.critic, config.steps, **common)

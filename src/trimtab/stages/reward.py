@@ -1,6 +1,6 @@
 """Reward modelling: a scalar score per response, trained so that the preferred response scores higher.
 
-    minimise  -log sigma(r(x, y_chosen) - r(x, y_rejected) - margin)     over all pairs of every prompt
+minimise  -log sigma(r(x, y_chosen) - r(x, y_rejected) - margin)     over all pairs of every prompt
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class RewardModelConfig(StageConfig):
         default_factory=lambda: OptimConfig(lr=1e-3), description="the score head's optimiser: it starts from nothing and must move further"
     )
     head: Literal["zero", "normal", "saved"] = Field(
-        "zero", description="the score head's start: zero (no opinion), N(0, 1/(d+1)), or as saved in a reward model that is trained further"
+        "zero",
+        description="the score head's start: zero (no opinion), N(0, 1/(d+1)), or as saved in a reward model that is trained further",
     )
     centring: float = Field(0.01, ge=0, description="weight of (r_chosen + r_rejected)^2, which pins the scores' free constant near 0")
 

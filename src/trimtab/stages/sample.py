@@ -8,10 +8,10 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from trimtab import rewards, seeds
+from trimtab.config import Config
 from trimtab.data.records import DataConfig, group_row, load_prompts, write_jsonl
 from trimtab.engines.local import EngineConfig, LocalEngine
 from trimtab.engines.sampling import SamplingConfig
-from trimtab.config import Config
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 from trimtab.protocols import Reward

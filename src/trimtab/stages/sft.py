@@ -1,6 +1,6 @@
 """Supervised fine-tuning: raise the probability of demonstrated answers.
 
-    minimise  -sum_t log pi(y_t | x, y_<t)   over the assistant's own tokens
+minimise  -sum_t log pi(y_t | x, y_<t)   over the assistant's own tokens
 """
 
 from __future__ import annotations

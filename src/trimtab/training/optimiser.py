@@ -73,7 +73,9 @@ class Optimiser:
             raise NumericalError("no parameter received a gradient", fix="nothing to train: check model.lora and the data")
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).double()))
         if not math.isfinite(norm):
-            raise NumericalError(f"the gradient's norm is {norm}; the step was not taken", fix="lower the learning rate or look at the batch")
+            raise NumericalError(
+                f"the gradient's norm is {norm}; the step was not taken", fix="lower the learning rate or look at the batch"
+            )
         return norm
 
     @torch.no_grad()
@@ -102,7 +104,8 @@ class Optimiser:
 
 def _adder(master: Tensor) -> Callable[[Tensor], None]:
     def add(parameter: Tensor) -> None:
-        assert master.grad is not None and parameter.grad is not None
+        assert master.grad is not None
+        assert parameter.grad is not None
         master.grad += parameter.grad
         parameter.grad = None
 

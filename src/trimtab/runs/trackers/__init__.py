@@ -37,7 +37,9 @@ def _load(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"trimtab.runs.trackers.{name}"), TRACKERS[name])
     except ModuleNotFoundError as error:
-        raise ConfigError(f"tracker {name!r} needs the package {error.name!r}", where="trackers", fix="pip install 'trimtab[track]'") from None
+        raise ConfigError(
+            f"tracker {name!r} needs the package {error.name!r}", where="trackers", fix="pip install 'trimtab[track]'"
+        ) from None
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
