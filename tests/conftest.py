@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+install_import_hook("trimtab.maths", "beartype.beartype")  # every shape and type the signatures state is checked
 
 
 @pytest.fixture(scope="session")

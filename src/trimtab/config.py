@@ -200,4 +200,8 @@ def _explain(kind: type[Config], problem: Any) -> tuple[str, str | None]:
     if problem["type"] == "missing":
         return f"setting {name!r} is required", f"set {name}"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    return f"setting {name!r} {message[0].lower()}{message[1:]} (got {problem['input']!r})" if name else message, None
+    if not name:
+        return message, "change one of the settings it names"
+    described = next((field.description for dotted, field in settings_of(kind) if dotted == name), None)
+    fix = f"{name} is: {described}" if described else f"correct {name}"
+    return f"setting {name!r} {message[0].lower()}{message[1:]} (got {problem['input']!r})", fix

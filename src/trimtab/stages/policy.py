@@ -84,7 +84,11 @@ def policy(name: str, config: Any, run: Path, tracker: Tracker) -> dict[str, flo
     tracker.event("training", steps=config.steps, prompts=len(learner.prompts))
     metrics: dict[str, float] = {}
     for step in range(config.steps):
-        groups, metrics = learner.step(step)
+        try:
+            groups, metrics = learner.step(step)
+        except KeyboardInterrupt:
+            save_checkpoint(run, step, tracker, **learner.actor.saveables())
+            raise
         last = step + 1 == config.steps
         tracker.log(step, metrics)
         if last or step % config.samples_every == 0:

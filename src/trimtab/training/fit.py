@@ -58,7 +58,11 @@ def fit(
     for step in range(total):
         start = time.perf_counter()
         batch = data.select(cursor.at(step))
-        raw = update(batch, forward, loss, optimisers, at=step, token_budget=config.micro_batch_tokens)
+        try:
+            raw = update(batch, forward, loss, optimisers, at=step, token_budget=config.micro_batch_tokens)
+        except KeyboardInterrupt:
+            hooks.save(step)
+            raise
         metrics = {name: value for name, value in raw.items() if "/" in name}
         metrics |= {"optim/grad_norm": raw["grad_norm"]}
         metrics |= {"optim/lr": optimisers[0].lr(step), "progress/epoch": cursor.epoch(step + 1), "time/step": time.perf_counter() - start}
