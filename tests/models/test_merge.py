@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from trimtab.batch import Batch
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import LoraConfig, ModelConfig

@@ -25,9 +25,13 @@ def test_what_is_written_is_read_back_exactly(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("error", "word"), [(KeyboardInterrupt(), "interrupted"), (RuntimeError("boom"), "failed")])
 def test_an_interrupted_run_keeps_what_it_wrote_and_says_so(tmp_path: Path, error: BaseException, word: str) -> None:
-    with pytest.raises(type(error)), RunDirectory.create(tmp_path / "run", "{}") as run:
-        run.log(0, {"loss": 1.0})
-        raise error
+    def train() -> None:
+        with RunDirectory.create(tmp_path / "run", "{}") as run:
+            run.log(0, {"loss": 1.0})
+            raise error
+
+    with pytest.raises(type(error)):
+        train()
     again = RunDirectory.open(tmp_path / "run")
     assert again.metrics() == [{"step": 0, "loss": 1.0}]
     assert again.events()[-1]["event"] == word
@@ -46,8 +50,7 @@ def test_the_torn_last_line_of_a_killed_run_is_left_out_and_damage_elsewhere_is_
 
 
 def test_a_mistake_before_the_first_step_leaves_nothing_and_brings_back_the_old_run(tmp_path: Path) -> None:
-    with pytest.raises(DataError), RunDirectory.create(tmp_path / "run", "{}") as run:
-        run.event("started")
+    with pytest.raises(DataError), RunDirectory.create(tmp_path / "run", "{}"):
         raise DataError("bad row")
     assert list(tmp_path.iterdir()) == []
     with RunDirectory.create(tmp_path / "run", "old: 1") as run:

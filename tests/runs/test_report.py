@@ -19,7 +19,8 @@ def run(path: Path, steps: int = 5, response: str = "fine", **settings: object) 
             directory.log(
                 step,
                 {
-                    "reward/mean": step * 0.1, "kl/mean": step * 0.5, "odd/name": 1.0, "time/generate": 1.0, "time/update": 2.0, "time/step": 3.0,
+                    "reward/mean": step * 0.1, "kl/mean": step * 0.5, "odd/name": 1.0,
+                    "time/generate": 1.0, "time/update": 2.0, "time/step": 3.0,
                     "eval/accuracy": 0.6, "eval/accuracy_low": 0.5, "eval/accuracy_high": 0.7,
                 },
             )  # fmt: skip

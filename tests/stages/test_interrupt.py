@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 from transformers import AutoModelForCausalLM
 
+import tiny
 from trimtab.runs.directory import RunDirectory
 
 

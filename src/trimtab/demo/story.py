@@ -147,7 +147,7 @@ def stage_recipes(
         ),
         "dpo": DPOConfig(
             **common, output=str(folder / "dpo"), data=comparisons, beta=0.1,
-            fit=FitConfig(batch_size=16, epochs=1), optim=OptimConfig(lr=1e-5, warmup_steps=2),
+            fit=FitConfig(batch_size=8, epochs=1), optim=OptimConfig(lr=1e-4, warmup_steps=2),
         ),
     }  # fmt: skip
 
