@@ -97,16 +97,18 @@ def describe_settings(kind: type[Config]) -> Iterator[Setting]:
 
 def _default_of(owner: Any, part: str) -> Any:
     """The default of a setting: read from an instance where there is one, else from the class."""
+    kind = type(owner) if isinstance(owner, Config) else owner
+    if not (isinstance(kind, type) and issubclass(kind, Config)):
+        return PydanticUndefined
+    field = kind.model_fields[part]
+    nested = _nested(field.annotation)
     if isinstance(owner, Config):
-        return getattr(owner, part)
-    if isinstance(owner, type) and issubclass(owner, Config):
-        field = owner.model_fields[part]
-        nested = _nested(field.annotation)
-        if field.is_required():
-            return nested or PydanticUndefined
+        value = getattr(owner, part)
+    elif field.is_required():
+        value = PydanticUndefined if nested is None else None
+    else:
         value = field.get_default(call_default_factory=True)
-        return nested if value is None and nested is not None else value
-    return PydanticUndefined
+    return nested if value is None and nested is not None else value
 
 
 def _plain(value: Any) -> Any:

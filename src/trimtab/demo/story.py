@@ -221,14 +221,14 @@ def print_table(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title="held-out prompts, gold = simulated annotator", title_justify="left")
-    for heading in ("", "proxy", "gold", "change (95 %)", "win rate", "KL", "distinct-2", "perplexity"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    for heading in ("", "proxy", "gold", "change (95 %)", "wins", "KL", "dist-2", "ppl"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for name in ("start", "dpo", "ppo", "best_of_n"):
         row = summary[name]
         table.add_row(
-            name, f"{row['proxy_reward']:.2f}", f"{row['gold_reward']:.3f}",
-            f"{row['gold_delta']:+.3f} [{row['gold_delta_low']:+.3f}, {row['gold_delta_high']:+.3f}]",
-            f"{row['win_rate']:.2f}", f"{row['kl']:.2f}", f"{row['distinct2_ratio']:.2f}", f"{row['perplexity_under_reference']:.1f}",
+            name.replace("_", " "), f"{row['proxy_reward']:.2f}", f"{row['gold_reward']:.2f}",
+            f"{row['gold_delta']:+.2f} [{row['gold_delta_low']:+.2f}, {row['gold_delta_high']:+.2f}]",
+            f"{row['win_rate']:.2f}", f"{row['kl']:.2f}", f"{row['distinct2_ratio']:.2f}", f"{row['perplexity_under_reference']:.0f}",
         )  # fmt: skip
     Console().print(table)
     a = summary["reward_model_accuracy"]

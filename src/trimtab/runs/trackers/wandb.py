@@ -19,12 +19,13 @@ class WandbTracker:
     """Writes a run of project `trimtab` to FOLDER/wandb."""
 
     def __init__(self, folder: Path, run_name: str, config: Mapping[str, Any]) -> None:
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
         self._run = wandb.init(
             project="trimtab",
             name=run_name,
             dir=str(folder),
             config=dict(config),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
             reinit="create_new",
             settings=wandb.Settings(silent=True),
         )
