@@ -14,7 +14,12 @@ LAYERS = [
     "errors", "types", "seeds", "batch", "protocols", "config", "maths", "data", "models", "engines", "rewards", "algorithms", "training",
     "stages", "runs", "demo", "cli",
 ]  # fmt: skip
-SIBLINGS = {"algorithms": {"base"}, "engines": {"sampling"}, "rewards": set(), "stages": {"common", "actor_critic", "sample"}}
+SIBLINGS = {
+    "algorithms": {"base"},
+    "engines": {"sampling"},
+    "rewards": set(),
+    "stages": {"common", "actor_critic", "policy_metrics", "sample"},
+}
 """Folders whose files do not import each other, and the files there that are made to be shared."""
 WALLS = {
     "wandb": "runs/trackers/wandb.py", "mlflow": "runs/trackers/mlflow.py", "tensorboard": "runs/trackers/tensorboard.py",

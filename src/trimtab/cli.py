@@ -131,6 +131,7 @@ def _load(place: str) -> Callable[..., Any]:
 def _quieten() -> None:
     """transformers' own progress bars and advice do not belong between ours."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with suppress(ImportError):
         from transformers.utils import logging

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from trimtab.errors import ConfigError, DataError, RunError
@@ -59,6 +62,82 @@ def test_a_mistake_before_the_first_step_leaves_nothing_and_brings_back_the_old_
         raise ConfigError("bad setting")
     assert RunDirectory.open(tmp_path / "run").config() == {"old": 1}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["a\u2028b\x85c\nd", "\ud800", "tab\t\x00", "日本"])
+def test_any_text_is_one_line_and_reads_back_unchanged(tmp_path: Path, text: str) -> None:
+    with RunDirectory.create(tmp_path / "run", "{}") as run:
+        run.samples(0, [{"response": text}, {"response": "next"}])
+    assert [row["response"] for row in RunDirectory.open(tmp_path / "run").sample_rows()] == [text, "next"]
+
+
+def test_every_line_is_json_whatever_numbers_and_objects_it_was_given(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path / "run", "{}") as run:
+        run.log(0, {"numpy": np.float32(0.5), "bad": float("-inf")})
+        run.samples(0, [{"parts": {"a": float("nan")}, "tokens": np.int64(3), "row": (1, Path("x"))}])
+    again = RunDirectory.open(tmp_path / "run")
+    assert again.metrics() == [{"step": 0, "numpy": 0.5, "bad": None}]
+    assert again.sample_rows() == [{"step": 0, "parts": {"a": None}, "tokens": 3.0, "row": [1, "x"]}]
+
+
+def test_a_line_torn_inside_a_letter_is_left_out(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path / "run", "{}") as run:
+        run.samples(0, [{"response": "fine"}])
+    with (tmp_path / "run" / "samples.jsonl").open("ab") as file:
+        file.write('{"response": "ä'.encode()[:-1])
+    assert len(RunDirectory.open(tmp_path / "run").sample_rows()) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom"), DataError("bad row")])
+def test_whatever_ends_a_run_before_its_first_step_brings_back_the_run_it_was_to_replace(tmp_path: Path, error: BaseException) -> None:
+    with RunDirectory.create(tmp_path / "run", "old: 1") as run:
+        run.log(0, {"loss": 1.0})
+    with pytest.raises(type(error)), RunDirectory.create(tmp_path / "run", "new: 1", overwrite=True):
+        raise error
+    assert RunDirectory.open(tmp_path / "run").metrics() == [{"step": 0, "loss": 1.0}]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_earlier_run_is_replaced_at_the_first_step_and_only_when_asked(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path / "run", "old: 1"):
+        pass
+    with pytest.raises(RunError, match="already holds a run"):
+        RunDirectory.create(tmp_path / "run", "new: 1")
+    with RunDirectory.create(tmp_path / "run", "new: 1", overwrite=True) as run:
+        run.log(0, {})
+    assert run.config() == {"new": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+class Broken:
+    """A tracker whose network is down."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        raise ConnectionError("no network")
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        raise AssertionError("a tracker that failed is not asked again")
+
+    def event(self, kind: str, **details: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunDirectory.create(tmp_path / "run", "{}", [Broken()]) as run:
+        run.log(0, {"loss": 1.0})
+        run.samples(0, [{}])
+        run.log(1, {"loss": 0.5})
+    assert len(run.metrics()) == 2
+    assert run.events()[0]["event"] == "tracker failed"
+    assert "no network" in capsys.readouterr().err
+
+
+def test_only_times_differ_between_two_equal_runs(tmp_path: Path) -> None:
+    for name in "ab":
+        with RunDirectory.create(tmp_path / name, "seed: 0") as run:
+            run.log(0, {"loss": 0.1})
+    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == (tmp_path / "b" / "metrics.jsonl").read_bytes()
 
 
 def test_folders_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:

@@ -213,3 +213,12 @@ def test_batched_reward_with_the_wrong_count_is_named(place: Path) -> None:
 def test_bad_settings_are_named(place: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(place, "critic.trunk=own", override)
+
+
+def test_the_order_is_sample_score_credit_update(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, order = PolicyLearning("ppo", recipe(place)), []
+    for owner, name in ((learner.engine, "generate"), (learner.reward, "score"), (learner.algorithm, "credit"), (learner, "learn")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _f=original, _n=name, **k: (order.append(_n), _f(*a, **k))[1])
+    learner.step(0)
+    assert order == ["generate", "score", "credit", "learn"]

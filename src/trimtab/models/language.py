@@ -15,14 +15,15 @@ from trimtab.data.templates import Mode, Template
 from trimtab.errors import ModelError
 from trimtab.maths.logprobs import Head, token_logprobs
 from trimtab.models import loading
+from trimtab.models.base import PackedModel
 from trimtab.models.loading import ModelConfig
-from trimtab.models.packed import AttentionLayout, Layout
+from trimtab.models.packed import Layout
 from trimtab.types import Group, Prompt, Response
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
 
-class LanguageModel:
+class LanguageModel(PackedModel):
     """A causal language model over packed batches.
 
     model:      the transformers model (inside a peft wrapper when an adapter is trained).
@@ -31,7 +32,7 @@ class LanguageModel:
     """
 
     def __init__(self, model: Any, template: Template) -> None:
-        self.model, self.template = model, template
+        super().__init__(model, template)
         self.value_head: nn.Linear | None = None
         self._check()
 
@@ -49,16 +50,6 @@ class LanguageModel:
         return cls(model, loading.load_template(loading.resolve_path(config.path), template, extra))
 
     @property
-    def plain(self) -> Any:
-        """The transformers model without its peft wrapper (the adapter's layers stay in it)."""
-        return loading.unwrap(self.model)
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
-
-    @property
     def head(self) -> Head:
         """The output head, with whatever scaling the architecture applies to its logits."""
         output, config = self.plain.get_output_embeddings(), self.plain.config.get_text_config()
@@ -70,11 +61,6 @@ class LanguageModel:
         scale /= getattr(config, "logits_scaling", None) or 1.0
         return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
 
-    @property
-    def context(self) -> int:
-        """The longest prompt + response the model can read, in tokens."""
-        return int(getattr(self.plain.config.get_text_config(), "max_position_embeddings", 2**31))
-
     def add_value_head(self) -> nn.Linear:
         """Put V(x, y_<t) = w . h + b on the policy's own hidden states, zero at the start, in float32."""
         width = self.head.weight.shape[1]
@@ -83,17 +69,6 @@ class LanguageModel:
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         return self.value_head
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The policy's trainable parameters by name (the value head is the critic's)."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def hidden(self, input_ids: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
-        """The trunk's last hidden states [n, width] of a packed sequence."""
-        trunk = self.plain.base_model
-        states = trunk(input_ids=input_ids[None], position_ids=position_ids[None], layout=layout, use_cache=False)
-        last: Tensor = states.last_hidden_state
-        return last[0]
 
     def forward(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Outputs:
         """Log-probabilities of every response token; entropies if asked; values if there is a value head."""

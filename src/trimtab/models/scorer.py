@@ -12,19 +12,20 @@ from trimtab.batch import Batch, Outputs
 from trimtab.data.templates import Mode, Template
 from trimtab.errors import ModelError
 from trimtab.models import loading
+from trimtab.models.base import PackedModel
 from trimtab.models.loading import ModelConfig
 from trimtab.models.packed import Layout
 from trimtab.types import Group, Response
 
 
-class Scorer:
+class Scorer(PackedModel):
     """r(x, y) = w . h_end, or V(x, y_<t) = w . h_t (no bias, as in transformers' sequence classifiers).
 
     Kept in the layout of `AutoModelForSequenceClassification` with one label, so that it loads in plain transformers.
     """
 
     def __init__(self, model: Any, template: Template) -> None:
-        self.model, self.template = model, template
+        super().__init__(model, template)
         if self.plain.config.num_labels != 1:
             raise ModelError(f"a scorer has one output, this model has {self.plain.config.num_labels}", fix="name a reward model")
         self.head.to(torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32)
@@ -59,25 +60,8 @@ class Scorer:
         return cls(model, loading.load_template(loading.resolve_path(config.path), template))
 
     @property
-    def plain(self) -> Any:
-        return loading.unwrap(self.model)
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
-
-    @property
     def head(self) -> Any:
         return self.plain.score
-
-    @property
-    def context(self) -> int:
-        return int(getattr(self.plain.config.get_text_config(), "max_position_embeddings", 2**31))
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def scores(self, batch: Batch) -> Outputs:
         """One score per response, read at its end token.
@@ -122,9 +106,7 @@ class Scorer:
 
     def _states(self, batch: Batch, *, keep_last: bool) -> tuple[Tensor, Layout]:
         layout = Layout.of(batch.groups, keep_last=keep_last, device=self.device)
-        trunk = self.plain.base_model
-        out = trunk(input_ids=layout.input_ids[None], position_ids=layout.position_ids[None], layout=layout, use_cache=False)
-        return out.last_hidden_state[0], layout
+        return self.hidden(layout.input_ids, layout.position_ids, layout), layout
 
     def _read(self, states: Tensor, rows: Tensor) -> Tensor:
         dtype = next(self.head.parameters()).dtype

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from trimtab.errors import RunError
+from trimtab.runs.charts import Line, Point, curves, reward_kl, reward_kl_of_runs, stacked
 from trimtab.runs.directory import RunDirectory
+from trimtab.runs.panels import PANELS, Panel, arrange
 from trimtab.runs.trackers import flatten
 
-GROUPS = {
-    "reward": "Reward", "kl": "KL to the reference", "loss": "Loss", "train": "On the training data", "eval": "Held-out",
-    "policy": "Policy", "critic": "Critic", "response": "Responses", "advantage": "Advantages", "logprob": "Log-probabilities",
-    "sampler": "Sampler", "optim": "Optimiser", "progress": "Progress",
-}  # fmt: skip
-"""Sections by the first part of a metric's name, in this order; others follow."""
+HEADLINES = (
+    "reward/mean", "kl/mean", "eval/accuracy", "eval/nll", "loss/nll", "loss/pair", "loss/dpo", "train/accuracy", "response/length",
+    "model/reward", "against/reward", "model/kl", "comparison/win_rate",
+)  # fmt: skip
+"""The numbers that sum a run up, the most telling first."""
+
+MOST_TILES = 5
+TITLES = {panel.lines[0][0]: panel.title for panel in PANELS if len(panel.lines) == 1}
+
+Metrics = Sequence[Mapping[str, Any]]
 
 
 @dataclass
 class Section:
-    """One part of a page: charts, a table, or samples under a heading. `text` tables are set left."""
+    """One part of a page: charts (title, markup), single values, a table, or samples under a heading.
+
+    wide:    the charts are large.          text:   the table holds words, which are set left.
+    values:  (name, number) of metrics that did not change, which need no chart.
+    strong:  the first cell of the row of the table that matters most.
+    """
 
     title: str
     note: str = ""
     charts: list[tuple[str, str]] = field(default_factory=list)
+    values: list[tuple[str, str]] = field(default_factory=list)
     wide: bool = False
     table: dict[str, Any] | None = None
     text: bool = False
@@ -39,13 +53,21 @@ class Section:
 
 @dataclass
 class Page:
-    """What the template shows."""
+    """What the template shows.
+
+    facts:   (name, value) under the title.  alarm:   one sentence, if something went wrong.
+    tiles:   (number, what it is).           legend:  names of the runs, in the order of their colours.
+    details: (title, text) to unfold.
+    """
 
     title: str
     subtitle: str
     tiles: list[tuple[str, str]] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
     details: list[tuple[str, str]] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    alarm: str = ""
+    legend: list[str] = field(default_factory=list)
 
 
 def write_report(paths: Sequence[Path], output: Path) -> Path:
@@ -58,167 +80,269 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
 
 def write_page(page: Page, output: Path) -> Path:
     """Render a page to a file, whole or not at all."""
-    from jinja2 import Environment, PackageLoader
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(loader=PackageLoader("trimtab", "runs"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("trimtab", "runs"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
     html = environment.get_template("report.html.j2").render(page=page)
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.with_name(f".{output.name}.{os.getpid()}")
-    staging.write_text(html, encoding="utf-8")
+    staging.write_text(html, encoding="utf-8", errors="replace")  # a lone surrogate in a sample has no UTF-8
     os.replace(staging, output)
     return output
 
 
 def one_run(run: RunDirectory) -> Page:
     """Everything one run has to say."""
-    metrics, events = run.metrics(), run.events()
-    started = next((event for event in events if event["event"] == "started"), {})
-    ended = next((event["event"] for event in reversed(events) if event["event"] in ("finished", "interrupted", "failed")), "not finished")
-    config = run.config()
-    model = (config.get("model") or {}).get("path", "")
-    subtitle = f"{started.get('stage', 'run')} on {model}, seed {config.get('seed', 0)}: {len(metrics)} steps, {ended}"
-    page = Page(run.path.name, subtitle, tiles(metrics))
+    metrics, events, config = run.metrics(), run.events(), run.config()
+    page = Page(run.path.resolve().name, f"{_count(len(metrics), 'step')}{_duration(events)}", tiles(metrics))
+    page.facts = _facts(config, events)
+    page.alarm = _alarm(events)
     page.sections += picture(metrics)
     page.sections += curve_sections([(run.path.name, metrics)])
     page.sections += samples_section(run.sample_rows())
     page.sections += timing(metrics)
     page.details = [
         ("Recipe", yaml.safe_dump(config, sort_keys=False, allow_unicode=True)),
-        ("Events", "\n".join(_event(event) for event in events)),
+        ("Events", "\n".join(_event(event, events[0].get("time")) for event in events)),
     ]
     return page
 
 
 def comparison(runs: Sequence[RunDirectory]) -> Page:
     """Several runs side by side: final values, differing settings, and curves in one chart each."""
-    names = _distinct([run.path for run in runs])
+    names = _distinct([run.path.resolve() for run in runs])
     series = list(zip(names, (run.metrics() for run in runs), strict=True))
-    page = Page("Comparison", ", ".join(names))
-    shown = [name for name in _names(series) if not name.startswith("time/")]
-    rows = [[name, *(_number(metrics[-1].get(name)) if metrics else "" for _, metrics in series)] for name in shown]
-    page.sections.append(Section("Final values", table={"head": ["metric", *names], "rows": rows}))
-    flat = [flatten(run.config()) for run in runs]
-    keys = dict.fromkeys(key for settings in flat for key in settings)
-    differing = [key for key in keys if len({str(settings.get(key)) for settings in flat}) > 1]
-    rows = [[key, *(str(settings.get(key, "")) for settings in flat)] for key in differing]
-    page.sections.append(Section("Settings that differ", table={"head": ["setting", *names], "rows": rows}, text=True))
+    page = Page(f"{len(runs)} runs compared", "", legend=names)
+    page.sections += _picture_of_runs(series)
     page.sections += curve_sections(series)
+    flat = [{key: value for key, value in flatten(run.config()).items() if key != "output"} for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    rows = [[key, *(_setting(settings[key]) if key in settings else "–" for settings in flat)] for key in keys]
+    differing = [row for row in rows if len(set(row[1:])) > 1]
+    note = "" if differing else "None: these runs have the same recipe."
+    page.sections.append(
+        Section("Settings that differ", note, table={"head": ["setting", *names], "rows": differing} if differing else None, text=True)
+    )
+    last = [metrics[-1] if metrics else {} for _, metrics in series]
+    shown = [metric for panels in arrange(_names(series), together=False).values() for panel in panels for metric in panel.metrics]
+    rows = [[name, *(number(row.get(name)) for row in last)] for name in shown]
+    page.sections.append(Section("Final values", "At the last step of each run.", table={"head": ["metric", *names], "rows": rows}))
+    page.sections += _timing_of_runs(series)
     return page
 
 
-def tiles(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The few numbers that sum a run up."""
-    if not metrics:
-        return []
-    first, last = metrics[0], metrics[-1]
-    wanted = (
-        "reward/mean",
-        "kl/mean",
-        "eval/accuracy",
-        "eval/nll",
-        "loss/nll",
-        "loss/pair",
-        "loss/dpo",
-        "train/accuracy",
-        "response/length",
-    )
-    made = [(f"{_number(first[name])} → {_number(last[name])}", name) for name in wanted if name in first and name in last]
-    made += [(_number(last[name]), name) for name in wanted if name in last and name not in first]
-    return made[:5]
+def tiles(metrics: Metrics) -> list[tuple[str, str]]:
+    """The few numbers that sum a run up: the last of each, and the first where it was another."""
+    made = []
+    for name in HEADLINES:
+        column = _column(metrics, name)
+        if column:
+            first, last = number(column[0], 3), number(column[-1], 3)
+            made.append((f"{first} → {last}" if first != last else last, TITLES.get(name, name)))
+    return made[:MOST_TILES]
 
 
-def picture(metrics: Sequence[dict[str, Any]]) -> list[Section]:
-    """Reward against KL, where a run has both."""
-    from trimtab.runs.charts import reward_kl
+def picture(metrics: Metrics) -> list[Section]:
+    """Reward against KL, where a run has both: the way it took, or (an evaluation) the models it measured."""
+    way = _way(metrics)
+    if len(way[0]) > 1:
+        note = "What was gained, and what was paid for it. Each dot is one rollout batch: the first are faint, the last strong."
+        return [Section("Reward against KL", note, charts=[("", reward_kl([], way, reward="reward of the rollout batch"))], wide=True)]
+    points = []
+    for row in metrics[-1:]:
+        for name in ("against", "model"):
+            if f"{name}/reward_low" in row:
+                x, *y = (row[f"{name}/{key}"] for key in ("kl", "reward", "reward_low", "reward_high"))
+                points.append(Point(name, x, *y))
+    note = "What was gained, and what was paid for it, with 95 % intervals."
+    return [Section("Reward against KL", note, charts=[("", reward_kl(points))], wide=True)] if points else []
 
-    x, y = _column(metrics, "kl/mean"), _column(metrics, "reward/mean")
-    if len(x) < 2 or len(x) != len(y):
-        return []
-    note = "Each dot is one rollout batch, later ones darker. What was gained, and what was paid for it."
-    return [Section("Reward against KL", note, charts=[("", reward_kl([], (x, y), reward="reward of the rollout batch"))], wide=True)]
 
+def curve_sections(series: Sequence[tuple[str, Metrics]]) -> list[Section]:
+    """The metrics of runs as charts, in sections. What never changed is told as a number instead.
 
-def curve_sections(series: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> list[Section]:
-    """A chart per metric, in sections by the first part of its name."""
-    from trimtab.runs.charts import curves
-
-    names = [name for name in _names(series) if not name.startswith("time/") and not name.endswith(("_low", "_high"))]
-    prefixes = sorted({name.split("/")[0] for name in names}, key=lambda p: list(GROUPS).index(p) if p in GROUPS else len(GROUPS))
+    Several runs get one chart per metric, with a line for each run; one run's related metrics share a chart.
+    """
     sections = []
-    for prefix in prefixes:
-        charts = []
-        for name in [name for name in names if name.split("/")[0] == prefix]:
-            lines = {}
-            for label, metrics in series:
-                points = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
-                if points:
-                    lines[label] = ([p[0] for p in points], [p[1] for p in points])
-            if lines:
-                rows = [row for row in series[0][1] if row.get(f"{name}_low") is not None] if len(series) == 1 else []
-                band = tuple([row[key] for row in rows] for key in ("step", f"{name}_low", f"{name}_high")) if rows else None
-                final = f"  {_number(next(iter(lines.values()))[1][-1])}" if len(lines) == 1 else ""
-                charts.append((f"{name.split('/', 1)[-1]}{final}", curves(lines, band)))
-        sections.append(Section(GROUPS.get(prefix, prefix), charts=charts))
+    for heading, panels in arrange(_names(series), together=len(series) == 1).items():
+        section = Section(heading)
+        for panel in panels:
+            lines = _lines(panel, series)
+            if lines and all(math.isclose(y, lines[0].y[0], rel_tol=1e-6) for line in lines for y in line.y):
+                section.values += [(metric, number(lines[0].y[-1])) for metric, _ in panel.lines]
+            elif lines:
+                finals = " / ".join(number(line.y[-1], 3) for line in lines) if len(series) == 1 else ""
+                section.charts.append(("", curves(lines, title=panel.title, value=finals, unit=panel.unit or panel.lines[0][0])))
+        if section.charts or section.values:
+            sections.append(section)
     return sections
 
 
-def samples_section(rows: Sequence[dict[str, Any]], limit: int = 8) -> list[Section]:
-    """First recorded step against the last: by prompt where prompts recur, else each alone."""
+def samples_section(rows: Sequence[Mapping[str, Any]], limit: int = 8) -> list[Section]:
+    """First recorded step against the last: by prompt where prompts recur, else each alone. Nothing is picked by its reward."""
     if not rows:
         return []
+    steps: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        steps.setdefault(row["prompt"], {}).setdefault(row["step"], row)
+    recurring = [(prompt, min(seen), max(seen), seen) for prompt, seen in steps.items() if len(seen) > 1]
+    if recurring:
+        note = "The first recorded response to a prompt and the last, in the order of recording."
+        samples = [
+            _sample(prompt, [(f"before, step {a}", seen[a]), (f"after, step {b}", seen[b])]) for prompt, a, b, seen in recurring[:limit]
+        ]
+        return [Section("Samples before and after", note, samples=samples)]
     first, last = (min(row["step"] for row in rows), max(row["step"] for row in rows))
-    before = {row["prompt"]: row for row in rows if row["step"] == first}
-    after = [row for row in rows if row["step"] == last]
-    shared = [row for row in after if row["prompt"] in before] if first != last else []
-    if shared:
-        samples = [_sample(row["prompt"], [("before", before[row["prompt"]]), ("after", row)]) for row in shared[:limit]]
-        return [Section("Samples before and after", samples=samples)]
-    made = [_sample(row["prompt"], [(f"step {first}", row)]) for row in list(before.values())[: limit // 2]] if first != last else []
-    made += [_sample(row["prompt"], [(f"step {last}", row)]) for row in after[: limit // 2]]
-    return [Section("Samples", f"From the first recorded step ({first}) and the last ({last}).", samples=made)]
+    note = f"Different prompts from the first recorded step and the last, in the order of recording: step {first} beside step {last}."
+    before, after = ([row for row in rows if row["step"] == step][: limit // 2] for step in (first, last))
+    ordered = before if first == last else [*before, *after]
+    return [
+        Section(
+            "Samples", note if first != last else "", samples=[_sample(row["prompt"], [(f"step {row['step']}", row)]) for row in ordered]
+        )
+    ]
 
 
-def timing(metrics: Sequence[dict[str, Any]]) -> list[Section]:
+def timing(metrics: Metrics) -> list[Section]:
     """Where a step's time goes, as the mean over steps."""
-    from trimtab.runs.charts import stacked
-
-    names = [name for name in _names([("", metrics)]) if name.startswith("time/") and name != "time/step"]
-    means = {name.removeprefix("time/"): sum(_column(metrics, name)) / len(metrics) for name in names}
-    return [Section("Time of a step", charts=[("", stacked(means))], wide=True)] if means else []
-
-
-def _sample(prompt: str, answers: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    return {
-        "prompt": prompt,
-        "answers": [
-            {"label": f"{label}: reward {_number(row.get('reward'))}, KL {_number(row.get('kl'))}", "text": row["response"]}
-            for label, row in answers
-        ],
-    }
+    means = _mean_times(metrics)
+    whole = means.pop("step", 0.0)
+    rest = whole - sum(means.values())
+    if means and rest > 0.01 * whole:
+        means["other"] = rest
+    note = f"Mean over {_count(len(metrics), 'step')}: {number(whole or sum(means.values()), 3)} s."
+    return [Section("Time of a step", note, charts=[("", stacked(means))], wide=True)] if means else []
 
 
-def _names(series: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> list[str]:
+def number(value: float | str | None, digits: int = 4) -> str:
+    """A number for people: so many significant digits, 2.1e−5 where it is very small, and no more zeros than it needs."""
+    if value is None:
+        return "–"
+    if not isinstance(value, float | int):
+        return str(value)
+    if value == int(value) and abs(value) < 1e6:
+        return f"{int(value):,}".replace("-", "−")
+    if 1e-3 <= abs(value) < 1e6:
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        text = f"{value:,.{decimals}f}"
+        return (text.rstrip("0").rstrip(".") if decimals else text).replace("-", "−")
+    mantissa, _, exponent = f"{value:.{digits - 2}e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace("-", "−")
+
+
+def _setting(value: Any) -> str:
+    """A value as a recipe would have it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _picture_of_runs(series: Sequence[tuple[str, Metrics]]) -> list[Section]:
+    ways = {name: _way(metrics) for name, metrics in series}
+    if not any(len(x) > 1 for x, _ in ways.values()):
+        return []
+    note = "Further up for the same distance to the right is better: more reward at the same KL."
+    chart = reward_kl_of_runs(ways, reward="reward of the rollout batch")
+    return [Section("Reward against KL", note, charts=[("", chart)], wide=True)]
+
+
+def _timing_of_runs(series: Sequence[tuple[str, Metrics]]) -> list[Section]:
+    means = [_mean_times(metrics) for _, metrics in series]
+    parts = dict.fromkeys(part for row in means for part in row)
+    rows = [[part, *(number(row.get(part), 3) for row in means)] for part in parts]
+    return (
+        [Section("Time of a step", "Seconds, mean over steps.", table={"head": ["", *(name for name, _ in series)], "rows": rows})]
+        if rows
+        else []
+    )
+
+
+def _lines(panel: Panel, series: Sequence[tuple[str, Metrics]]) -> list[Line]:
+    """The curves of a panel: its own lines for one run, a line for each run otherwise. A colour for each."""
+    alone, lines = len(series) == 1, []
+    for run, (_, metrics) in enumerate(series):
+        for i, (metric, label) in enumerate(panel.lines):
+            limits = panel.band if panel.band and i == len(panel.lines) - 1 else ()
+            rows = [row for row in metrics if all(row.get(name) is not None for name in (metric, *limits))]
+            band = ([row[limits[0]] for row in rows], [row[limits[1]] for row in rows]) if limits else None
+            if rows:
+                shown = label if len(panel.lines) > 1 else ""
+                lines.append(Line([row["step"] for row in rows], [row[metric] for row in rows], shown, i if alone else run, band))
+    return lines
+
+
+def _way(metrics: Metrics) -> tuple[list[float], list[float]]:
+    rows = [row for row in metrics if row.get("kl/mean") is not None and row.get("reward/mean") is not None]
+    return [row["kl/mean"] for row in rows], [row["reward/mean"] for row in rows]
+
+
+def _mean_times(metrics: Metrics) -> dict[str, float]:
+    """Mean seconds by part, over all steps: a part that not every step has weighs accordingly."""
+    names = [name for name in _names([("", metrics)]) if name.startswith("time/")]
+    return {name.removeprefix("time/"): sum(_column(metrics, name)) / len(metrics) for name in names}
+
+
+def _sample(prompt: str, answers: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    return {"prompt": prompt, "answers": [{"label": f"{label}: {_judged(row)}", "text": row["response"]} for label, row in answers]}
+
+
+def _judged(row: Mapping[str, Any]) -> str:
+    parts = row.get("parts") or {}
+    told = f" ({', '.join(f'{name} {number(part, 3)}' for name, part in parts.items())})" if len(parts) > 1 else ""
+    cut = ", cut off" if row.get("truncated") else ""
+    return f"reward {number(row.get('reward'), 3)}{told}, KL {number(row.get('kl'), 3)}{cut}"
+
+
+def _names(series: Sequence[tuple[str, Metrics]]) -> list[str]:
     return list(dict.fromkeys(name for _, metrics in series for row in metrics for name in row if name != "step"))
 
 
-def _column(metrics: Sequence[dict[str, Any]], name: str) -> list[float]:
+def _column(metrics: Metrics, name: str) -> list[float]:
     return [row[name] for row in metrics if row.get(name) is not None]
 
 
-def _number(value: Any) -> str:
-    if value is None:
-        return "n/a"
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return str(value)
-
-
 def _distinct(paths: Sequence[Path]) -> list[str]:
-    """Run names: the folders' names where they differ, else their paths."""
-    names = [path.name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    """Names for runs: as much of the end of their paths as tells them apart."""
+    for parts in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.name} ({i})" for i, path in enumerate(paths, 1)]  # a run compared with itself
 
 
-def _event(event: dict[str, Any]) -> str:
-    details = ", ".join(f"{name}={value}" for name, value in event.items() if name not in ("time", "event"))
-    return f"{event['event']}: {details}" if details else str(event["event"])
+def _facts(config: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What the run is."""
+    started: Mapping[str, Any] = next((event for event in events if event["event"] == "started"), {})
+    model, data = (part.get("path") if isinstance(part, Mapping) else part for part in (config.get("model"), config.get("data")))
+    begun = datetime.fromtimestamp(events[0]["time"], UTC).strftime("%Y-%m-%d %H:%M UTC") if events else None
+    facts = [("stage", started.get("stage")), ("model", model), ("data", data), ("seed", config.get("seed")), ("started", begun)]
+    return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _alarm(events: Sequence[Mapping[str, Any]]) -> str:
+    """What there is to say of a run that did not end well."""
+    end = next((event for event in reversed(events) if event["event"] in ("finished", "interrupted", "failed")), None)
+    if end is None:
+        return "This run has not finished: it is still going on, or it was killed."
+    return {"finished": "", "interrupted": "This run was interrupted.", "failed": f"This run failed. {end.get('error', '')}"}[end["event"]]
+
+
+def _duration(events: Sequence[Mapping[str, Any]]) -> str:
+    seconds = round(events[-1]["time"] - events[0]["time"]) if events else 0
+    return f" in {_clock(seconds)}" if seconds else ""
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d} min"
+
+
+def _count(n: int, thing: str) -> str:
+    return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
+
+
+def _event(event: Mapping[str, Any], start: float | None) -> str:
+    """An event as one line: when, what, and its details."""
+    since = round(event["time"] - start) if start is not None else 0
+    details = "  ".join(f"{name}={value}" for name, value in event.items() if name not in ("time", "event"))
+    return f"{since // 3600}:{since // 60 % 60:02d}:{since % 60:02d}  {event['event']:<12}{details}".rstrip()

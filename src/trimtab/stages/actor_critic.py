@@ -5,8 +5,7 @@ Three arrangements: the value head on the policy's own trunk, a separate critic 
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from pydantic import Field
@@ -16,6 +15,7 @@ from trimtab.config import Config
 from trimtab.models.language import LanguageModel
 from trimtab.models.scorer import Scorer
 from trimtab.protocols import Algorithm
+from trimtab.stages.common import Saveable
 from trimtab.training.optimiser import OptimConfig, Optimiser
 from trimtab.training.update import update
 
@@ -48,56 +48,53 @@ class ActorCritic(Protocol):
         """A step of the critic alone (warm-up)."""
         ...
 
-    def saveables(self) -> dict[str, SavesModel]:
+    def saveables(self) -> dict[str, Saveable]:
         """What a checkpoint holds, by folder name."""
         ...
 
 
-class SavesModel(Protocol):
-    def save(self, folder: Path, *, merge: bool = False) -> Path: ...
+@dataclass(frozen=True)
+class Passes:
+    """How forward passes are made: the policy's temperature, packed tokens at once, and whether the loss needs entropies."""
+
+    temperature: float
+    token_budget: int
+    entropy: bool
 
 
 class PolicyOnly:
     """No critic: the group-based family and REINFORCE."""
 
-    def __init__(
-        self, policy: LanguageModel, optim: OptimConfig, steps: int, *, temperature: float, token_budget: int, entropy: bool
-    ) -> None:
-        self.policy, self.temperature, self.token_budget, self.entropy = policy, temperature, token_budget, entropy
+    def __init__(self, policy: LanguageModel, optim: OptimConfig, steps: int, passes: Passes) -> None:
+        self.policy, self.passes = policy, passes
         self.optimiser = Optimiser(policy.trainable(), optim, steps)
 
     def forward(self, batch: Batch) -> Outputs:
-        return self.policy.forward(batch, temperature=self.temperature, entropy=self.entropy)
+        return self.policy.forward(batch, temperature=self.passes.temperature, entropy=self.passes.entropy)
 
     def look(self, batch: Batch) -> Outputs:
-        return observe(batch, lambda b: self.policy.forward(b, temperature=self.temperature, entropy=True), token_budget=self.token_budget)
+        return observe(
+            batch,
+            lambda b: self.policy.forward(b, temperature=self.passes.temperature, entropy=True),
+            token_budget=self.passes.token_budget,
+        )
 
     def learn(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
-        metrics = update(batch, self.forward, algorithm.policy_loss, [self.optimiser], at=at, token_budget=self.token_budget)
+        metrics = update(batch, self.forward, algorithm.policy_loss, [self.optimiser], at=at, token_budget=self.passes.token_budget)
         return _named("policy", metrics) | {"policy/lr": self.optimiser.lr(at)}
 
     def learn_values(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
         return {}
 
-    def saveables(self) -> dict[str, SavesModel]:
+    def saveables(self) -> dict[str, Saveable]:
         return {"model": self.policy}
 
 
 class SharedTrunk(PolicyOnly):
     """A value head on the policy's hidden states: one forward and backward pass trains both."""
 
-    def __init__(
-        self,
-        policy: LanguageModel,
-        optim: OptimConfig,
-        critic: CriticConfig,
-        steps: int,
-        *,
-        temperature: float,
-        token_budget: int,
-        entropy: bool,
-    ) -> None:
-        super().__init__(policy, optim, steps, temperature=temperature, token_budget=token_budget, entropy=entropy)
+    def __init__(self, policy: LanguageModel, optim: OptimConfig, steps: int, passes: Passes, critic: CriticConfig) -> None:
+        super().__init__(policy, optim, steps, passes)
         self.critic = critic
         head = policy.add_value_head()
         self.head_optimiser = Optimiser(dict(head.named_parameters()), critic.optim, steps)
@@ -109,37 +106,28 @@ class SharedTrunk(PolicyOnly):
             return replace(policy, value=policy.value + self.critic.weight * value.value, means=means)
 
         optimisers = [self.optimiser, self.head_optimiser]
-        metrics = update(batch, self.forward, joint, optimisers, at=at, token_budget=self.token_budget)
+        metrics = update(batch, self.forward, joint, optimisers, at=at, token_budget=self.passes.token_budget)
         critic = {"critic/loss": metrics.pop("value_loss"), "critic/lr": self.head_optimiser.lr(at)}
         metrics["loss"] = metrics.pop("policy_loss")
         return _named("policy", metrics) | {"policy/lr": self.optimiser.lr(at)} | critic
 
     def learn_values(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
-        metrics = update(batch, self.policy.values, algorithm.value_loss, [self.head_optimiser], at=at, token_budget=self.token_budget)
+        metrics = update(
+            batch, self.policy.values, algorithm.value_loss, [self.head_optimiser], at=at, token_budget=self.passes.token_budget
+        )
         return _named("critic", metrics) | {"critic/lr": self.head_optimiser.lr(at)}
 
 
 class OwnCritic(PolicyOnly):
     """A separate critic model with its own optimiser and number of updates."""
 
-    def __init__(
-        self,
-        policy: LanguageModel,
-        scorer: Scorer,
-        optim: OptimConfig,
-        critic: CriticConfig,
-        steps: int,
-        *,
-        temperature: float,
-        token_budget: int,
-        entropy: bool,
-    ) -> None:
-        super().__init__(policy, optim, steps, temperature=temperature, token_budget=token_budget, entropy=entropy)
+    def __init__(self, policy: LanguageModel, optim: OptimConfig, steps: int, passes: Passes, critic: CriticConfig, scorer: Scorer) -> None:
+        super().__init__(policy, optim, steps, passes)
         self.scorer, self.critic = scorer, critic
         self.critic_optimiser = Optimiser(scorer.trainable(), critic.optim, steps)
 
     def look(self, batch: Batch) -> Outputs:
-        return replace(super().look(batch), values=observe(batch, self.scorer.values, token_budget=self.token_budget).values)
+        return replace(super().look(batch), values=observe(batch, self.scorer.values, token_budget=self.passes.token_budget).values)
 
     def learn(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
         return super().learn(batch, algorithm, at) | self.learn_values(batch, algorithm, at)
@@ -148,11 +136,11 @@ class OwnCritic(PolicyOnly):
         metrics: dict[str, float] = {}
         for _ in range(self.critic.updates):
             metrics = update(
-                batch, self.scorer.values, algorithm.value_loss, [self.critic_optimiser], at=at, token_budget=self.token_budget
+                batch, self.scorer.values, algorithm.value_loss, [self.critic_optimiser], at=at, token_budget=self.passes.token_budget
             )
         return _named("critic", metrics) | {"critic/lr": self.critic_optimiser.lr(at)}
 
-    def saveables(self) -> dict[str, SavesModel]:
+    def saveables(self) -> dict[str, Saveable]:
         return {"model": self.policy, "critic": self.scorer}
 
 

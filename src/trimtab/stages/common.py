@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from trimtab.batch import Batch, Counts
 from trimtab.config import Config
 from trimtab.errors import DataError
 from trimtab.protocols import Tracker
-from trimtab.types import Comparison, Group
+from trimtab.types import Comparison, Group, Prompt, Response
 
 
 class StageConfig(Config):
@@ -68,3 +68,16 @@ def pair_mean(x: Tensor, better: Tensor, batch: Batch, counts: Counts) -> Tensor
     group = batch.group_of_response[better]
     pairs = torch.bincount(group, minlength=len(batch.groups))
     return (x / pairs[group]).sum() / counts.groups
+
+
+def sample_row(prompt: Prompt, response: Response, reward: float, parts: Mapping[str, float], kl: float) -> dict[str, Any]:
+    """One line of samples.jsonl."""
+    return {
+        "prompt": prompt.as_text,
+        "response": response.text,
+        "reward": reward,
+        "parts": dict(parts),
+        "kl": kl,
+        "tokens": len(response.tokens),
+        "truncated": response.truncated,
+    }

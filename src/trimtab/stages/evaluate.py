@@ -22,7 +22,7 @@ from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 from trimtab.protocols import Reward, Tracker
 from trimtab.rewards import RewardConfig
-from trimtab.stages.common import StageConfig
+from trimtab.stages.common import StageConfig, sample_row
 from trimtab.stages.sample import best_of
 from trimtab.types import Group, Prompt
 
@@ -125,15 +125,8 @@ def evaluate(config: EvaluateConfig, run: Path, tracker: Tracker) -> dict[str, f
 
 def sample_rows(measured: Measured, judge: str) -> list[dict[str, Any]]:
     """Sample rows of one model's answers."""
+    table = [{name: values[i] for name, values in measured.scores.items()} for i in range(len(measured.groups))]
     return [
-        {
-            "prompt": group.prompt.as_text,
-            "response": group.responses[0].text,
-            "reward": measured.scores[judge][i],
-            "parts": {name: values[i] for name, values in measured.scores.items()},
-            "kl": measured.kl[i],
-            "tokens": len(group.responses[0].tokens),
-            "truncated": group.responses[0].truncated,
-        }
-        for i, group in enumerate(measured.groups)
+        sample_row(group.prompt, group.responses[0], parts[judge], parts, kl)
+        for group, parts, kl in zip(measured.groups, table, measured.kl, strict=True)
     ]

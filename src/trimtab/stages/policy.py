@@ -5,9 +5,7 @@ One loop for every algorithm; what differs between them is in `algorithms/`.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from trimtab.data.cursor import Cursor
 from trimtab.data.records import DataConfig, load_prompts
 from trimtab.engines.local import EngineConfig, LocalEngine
 from trimtab.engines.sampling import SamplingConfig
-from trimtab.maths.advantages import explained_variance
+from trimtab.errors import ConfigError
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 from trimtab.models.reference import make_reference
@@ -31,8 +29,9 @@ from trimtab.protocols import Algorithm, Reward, Tracker
 from trimtab.rewards import RewardConfig
 from trimtab.rewards.model import ModelReward
 from trimtab.rewards.shaping import RewardShaping, ShapingConfig
-from trimtab.stages.actor_critic import ActorCritic, CriticConfig, OwnCritic, PolicyOnly, SharedTrunk
+from trimtab.stages.actor_critic import ActorCritic, CriticConfig, OwnCritic, Passes, PolicyOnly, SharedTrunk
 from trimtab.stages.common import StageConfig, save_checkpoint
+from trimtab.stages.policy_metrics import Clock, describe, merged, sample_rows
 from trimtab.training.optimiser import OptimConfig
 from trimtab.types import Group, Score
 
@@ -167,100 +166,27 @@ class PolicyLearning:
                 history.append(learn(piece, self.algorithm, step))
             if config.target_kl is not None and not warming and history[-1]["policy/approx_kl"] > config.target_kl:
                 break
-        return _summary(history)
+        return merged(history)
 
 
 def make_actor(model: LanguageModel, algorithm: Algorithm, reward: Reward, config: Any) -> ActorCritic:
     """Policy and critic in the arrangement the recipe asks for."""
-    common = {
-        "temperature": config.sampling.temperature,
-        "token_budget": config.micro_batch_tokens,
-        "entropy": bool(getattr(config.algorithm, "entropy_weight", 0)),
-    }
+    entropy = bool(getattr(config.algorithm, "entropy_weight", 0))
+    passes = Passes(config.sampling.temperature, config.micro_batch_tokens, entropy)
     if not algorithm.uses_critic:
-        return PolicyOnly(model, config.optim, config.steps, **common)
+        return PolicyOnly(model, config.optim, config.steps, passes)
     if config.critic.trunk == "shared":
-        return SharedTrunk(model, config.optim, config.critic, config.steps, **common)
+        return SharedTrunk(model, config.optim, config.steps, passes, config.critic)
     start = config.model
     if config.critic.init == "reward":
         if not isinstance(reward, ModelReward):
-            from trimtab.errors import ConfigError
-
             raise ConfigError(
                 "there is no single reward model to start from", where="critic.init", fix="set reward.model, or critic.init=policy"
             )
         start = start.model_copy(update={"path": config.reward.model})
     scorer = Scorer.load(start, head="saved" if config.critic.init == "reward" else "zero", template=config.data.template)
-    return OwnCritic(model, scorer, config.optim, config.critic, config.steps, **common)
-
-
-class Clock:
-    """Seconds spent in the named parts of a step."""
-
-    def __init__(self) -> None:
-        self.start, self.parts = time.perf_counter(), {}  # type: ignore[var-annotated]
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.parts[f"time/{part}"] = time.perf_counter() - start
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return {**self.parts, "time/step": time.perf_counter() - self.start}
-
-
-def describe(batch: Batch, scores: Sequence[Sequence[Score]]) -> dict[str, float]:
-    """The metrics of a rollout batch, over real tokens and responses only."""
-    log_ratio = batch.tokens["logprobs_old"] - batch.tokens["logprobs_ref"]
-    per_response = batch.sum_by_response(log_ratio)
-    raw, flat = batch.responses["score"], [score for row in scores for score in row]
-    metrics = {"reward/mean": raw.mean(), "reward/std": raw.std(correction=0), "reward/shaped": batch.responses["reward"].mean()}
-    if len(flat[0].parts) > 1:
-        metrics |= {f"reward/{name}": torch.tensor([score.parts[name] for score in flat]).mean() for name in flat[0].parts}
-    metrics |= {"kl/mean": per_response.mean(), "kl/per_token": log_ratio.mean()}
-    metrics |= {"policy/entropy": batch.tokens["entropy"].mean(), "advantage/std": batch.tokens["advantages"].std(correction=0)}
-    metrics |= {"sampler/mismatch": (batch.tokens["logprobs_old"] - batch.tokens["logprobs_sampler"]).abs().mean()}
-    if "values_old" in batch.tokens:
-        metrics |= {"critic/explained_variance": explained_variance(batch.tokens["values_old"], batch.tokens["returns"])}
-    lengths = torch.tensor(batch.lengths, dtype=torch.float64)
-    metrics |= {"response/length": lengths.mean(), "response/truncated": batch.truncated.double().mean(), "progress/tokens": lengths.sum()}
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def sample_rows(batch: Batch, scores: Sequence[Sequence[Score]]) -> list[dict[str, Any]]:
-    """Responses to read: the first of every prompt, with reward, its parts, and KL."""
-    kl = batch.sum_by_response(batch.tokens["logprobs_old"] - batch.tokens["logprobs_ref"]).tolist()
-    rows, index = [], 0
-    for group, row in zip(batch.groups, scores, strict=True):
-        response, score = group.responses[0], row[0]
-        rows.append(
-            {
-                "prompt": group.prompt.as_text,
-                "response": response.text,
-                "reward": score.total,
-                "parts": dict(score.parts),
-                "kl": kl[index],
-                "tokens": len(response.tokens),
-                "truncated": response.truncated,
-            }
-        )
-        index += len(group.responses)
-    return rows
+    return OwnCritic(model, config.optim, config.steps, passes, config.critic, scorer)
 
 
 def _joined(outputs: Sequence[Outputs], name: str) -> torch.Tensor:
     return torch.cat([getattr(output, name) for output in outputs])
-
-
-def _summary(history: list[dict[str, float]]) -> dict[str, float]:
-    """One step's inner updates as one row: means, extremes, and what the very first update saw."""
-    merged = {name: sum(row[name] for row in history) / len(history) for name in history[0]}
-    if "policy/ratio_max" in merged:
-        merged["policy/ratio_max"] = max(row["policy/ratio_max"] for row in history)
-        merged["policy/ratio_min"] = 1 / max(row["policy/ratio_inverse_max"] for row in history)
-        del merged["policy/ratio_inverse_max"]
-        merged["policy/approx_kl"] = history[-1]["policy/approx_kl"]
-        merged["policy/first_approx_kl"], merged["policy/first_ratio_max"] = history[0]["policy/approx_kl"], history[0]["policy/ratio_max"]
-    return merged | {"progress/updates": float(len(history))}

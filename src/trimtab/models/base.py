@@ -1,0 +1,44 @@
+"""What the policy and the scorers share: a transformers model that reads packed batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.data.templates import Template
+from trimtab.models import loading
+from trimtab.models.packed import AttentionLayout
+
+
+class PackedModel:
+    """A transformers model (inside a peft wrapper when an adapter is trained), its tokenizer and its template."""
+
+    def __init__(self, model: Any, template: Template) -> None:
+        self.model, self.template = model, template
+
+    @property
+    def plain(self) -> Any:
+        """The transformers model without its peft wrapper (the adapter's layers stay in it)."""
+        return loading.unwrap(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def context(self) -> int:
+        """The longest prompt + response the model can read, in tokens."""
+        return int(getattr(self.plain.config.get_text_config(), "max_position_embeddings", 2**31))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The model's trainable parameters by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
+        """The trunk's last hidden states [n, width] of a packed sequence."""
+        trunk = self.plain.base_model
+        last: Tensor = trunk(input_ids=input_ids[None], position_ids=position_ids[None], layout=layout, use_cache=False).last_hidden_state
+        return last[0]

@@ -1,0 +1,73 @@
+"""What a step of policy learning reports: numbers over real tokens and responses only, samples to read, and where time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from trimtab.batch import Batch
+from trimtab.maths.advantages import explained_variance
+from trimtab.stages.common import sample_row
+from trimtab.types import Score
+
+
+class Clock:
+    """Seconds spent in the named parts of a step."""
+
+    def __init__(self) -> None:
+        self.start, self.parts = time.perf_counter(), {}  # type: ignore[var-annotated]
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.parts[f"time/{part}"] = time.perf_counter() - start
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {**self.parts, "time/step": time.perf_counter() - self.start}
+
+
+def describe(batch: Batch, scores: Sequence[Sequence[Score]]) -> dict[str, float]:
+    """The metrics of a rollout batch, over real tokens and responses only."""
+    log_ratio = batch.tokens["logprobs_old"] - batch.tokens["logprobs_ref"]
+    per_response = batch.sum_by_response(log_ratio)
+    raw, flat = batch.responses["score"], [score for row in scores for score in row]
+    metrics = {"reward/mean": raw.mean(), "reward/std": raw.std(correction=0), "reward/shaped": batch.responses["reward"].mean()}
+    if len(flat[0].parts) > 1:
+        metrics |= {f"reward/{name}": torch.tensor([score.parts[name] for score in flat]).mean() for name in flat[0].parts}
+    metrics |= {"kl/mean": per_response.mean(), "kl/per_token": log_ratio.mean()}
+    metrics |= {"policy/entropy": batch.tokens["entropy"].mean(), "advantage/std": batch.tokens["advantages"].std(correction=0)}
+    metrics |= {"sampler/mismatch": (batch.tokens["logprobs_old"] - batch.tokens["logprobs_sampler"]).abs().mean()}
+    if "values_old" in batch.tokens:
+        metrics |= {"critic/explained_variance": explained_variance(batch.tokens["values_old"], batch.tokens["returns"])}
+    lengths = torch.tensor(batch.lengths, dtype=torch.float64)
+    metrics |= {"response/length": lengths.mean(), "response/truncated": batch.truncated.double().mean(), "progress/tokens": lengths.sum()}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def sample_rows(batch: Batch, scores: Sequence[Sequence[Score]]) -> list[dict[str, Any]]:
+    """Responses to read: the first of every prompt, with reward, its parts, and KL."""
+    kl = batch.sum_by_response(batch.tokens["logprobs_old"] - batch.tokens["logprobs_ref"]).tolist()
+    rows, index = [], 0
+    for group, row in zip(batch.groups, scores, strict=True):
+        response, score = group.responses[0], row[0]
+        rows.append(sample_row(group.prompt, response, score.total, score.parts, kl[index]))
+        index += len(group.responses)
+    return rows
+
+
+def merged(history: list[dict[str, float]]) -> dict[str, float]:
+    """One step's inner updates as one row: means, extremes, and what the very first update saw."""
+    merged = {name: sum(row[name] for row in history) / len(history) for name in history[0]}
+    if "policy/ratio_max" in merged:
+        merged["policy/ratio_max"] = max(row["policy/ratio_max"] for row in history)
+        merged["policy/ratio_min"] = 1 / max(row["policy/ratio_inverse_max"] for row in history)
+        del merged["policy/ratio_inverse_max"]
+        merged["policy/approx_kl"] = history[-1]["policy/approx_kl"]
+        merged["policy/first_approx_kl"], merged["policy/first_ratio_max"] = history[0]["policy/approx_kl"], history[0]["policy/ratio_max"]
+    return merged | {"progress/updates": float(len(history))}
