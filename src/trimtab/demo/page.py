@@ -43,7 +43,7 @@ def write_demo_report(folder: Path, summary: dict[str, Any], stages: Mapping[str
     for name, run in runs.items():
         for section in curve_sections([(name, run.metrics())]):
             if section.title in ("Reward", "KL to the reference", "Loss", "Held-out", "Critic"):
-                section.title = f"{NAMES.get(name, name)}: {section.title[0].lower()}{section.title[1:]}"
+                section.title = f"{NAMES.get(name, name)}: {section.title}"
                 page.sections.append(section)
     page.details = [(f"Recipe of {name}", (run.path / "config.yaml").read_text(encoding="utf-8")) for name, run in runs.items()]
     reward_kl_png(_points(summary, "gold_reward"), None, folder / "reward_kl.png", reward="gold reward on held-out prompts")
@@ -82,8 +82,8 @@ def _pictures(summary: dict[str, Any], ppo: RunDirectory) -> Section:
     metrics = ppo.metrics()
     path = ([row["kl/mean"] for row in metrics], [row["reward/mean"] for row in metrics])
     note = (
-        "Left of a point is what was paid, above it what was gained. Bars are 95 % intervals of the paired difference to the start. "
-        "The blue dots are PPO's rollout batches on training prompts. The KL of best of n is the bound log n - (n - 1) / n."
+        "To the right is what was paid, upwards what was gained. Bars are 95 % intervals of the paired difference to the start. "
+        "The line of dots, faint to strong, is PPO's way over its rollout batches. The KL of best of n is the bound log n - (n - 1) / n."
     )
     charts = [
         ("gold reward: what the annotator thinks", reward_kl(_points(summary, "gold_reward"), None, reward="gold reward")),

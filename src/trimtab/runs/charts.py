@@ -183,8 +183,8 @@ def _make_room(axes: Axes, letters: int) -> None:
 
 
 def _tick(value: float, step: float) -> str:
-    if value and (abs(step) < 1e-4 or abs(value) >= 1e6):
-        return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
+    if abs(step) < 1e-4 or abs(value) >= 1e6:
+        return f"{value + 0.0:.2g}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
     decimals = max(0, -math.floor(math.log10(abs(step) * 1.0000001)))
     if abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:  # steps of 2.5
         decimals += 1

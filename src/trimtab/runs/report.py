@@ -26,7 +26,7 @@ HEADLINES = (
 """The numbers that sum a run up, the most telling first."""
 
 MOST_TILES = 5
-TITLES = {panel.lines[0][0]: panel.title for panel in PANELS if len(panel.lines) == 1}
+TITLES = {metric: f"{panel.title}, {label}" if label else panel.title for panel in PANELS for metric, label in panel.lines}
 
 Metrics = Sequence[Mapping[str, Any]]
 

@@ -37,7 +37,9 @@ def describe(batch: Batch, scores: Sequence[Sequence[Score]]) -> dict[str, float
     log_ratio = batch.tokens["logprobs_old"] - batch.tokens["logprobs_ref"]
     per_response = batch.sum_by_response(log_ratio)
     raw, flat = batch.responses["score"], [score for row in scores for score in row]
-    metrics = {"reward/mean": raw.mean(), "reward/std": raw.std(correction=0), "reward/shaped": batch.responses["reward"].mean()}
+    metrics = {"reward/mean": raw.mean(), "reward/std": raw.std(correction=0)}
+    if not torch.equal(raw, batch.responses["reward"]):
+        metrics |= {"reward/shaped": batch.responses["reward"].mean()}
     if len(flat[0].parts) > 1:
         metrics |= {f"reward/{name}": torch.tensor([score.parts[name] for score in flat]).mean() for name in flat[0].parts}
     metrics |= {"kl/mean": per_response.mean(), "kl/per_token": log_ratio.mean()}
