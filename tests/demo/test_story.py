@@ -38,10 +38,10 @@ def test_the_story_has_every_figure_and_repeats_with_its_seed(tmp_path: Path) ->
     assert summary["reward_model_accuracy"].keys() == {"accuracy", "low", "high", "pairs"}
     assert "simulated" in (tmp_path / "a" / "report.html").read_text()
 
-    demo(small(tmp_path / "a" / ".." / "b", model))
-    for stage in ("reward", "ppo", "dpo"):
-        first, second = (timeless(tmp_path / run / stage / "metrics.jsonl") for run in "ab")
-        assert first == second
+    stages = ("reward", "ppo", "dpo")
+    first = {stage: timeless(tmp_path / "a" / stage / "metrics.jsonl") for stage in stages}
+    demo(small(tmp_path / "a", model))  # again, in the same folder
+    assert {stage: timeless(tmp_path / "a" / stage / "metrics.jsonl") for stage in stages} == first
     demo(small(tmp_path / "c", model, seed=1))
     assert timeless(tmp_path / "a/ppo/metrics.jsonl") != timeless(tmp_path / "c/ppo/metrics.jsonl")
 
