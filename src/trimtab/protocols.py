@@ -53,12 +53,6 @@ class Algorithm(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-class PreferenceLoss(Protocol):
-    """A loss on comparisons from policy and reference log-probabilities of the responses."""
-
-    def __call__(self, outputs: Outputs, batch: Batch, counts: Counts) -> Loss: ...
-
-
 class Tracker(Protocol):
     """Receives what a run reports. The run directory is one; TensorBoard, Weights & Biases and MLflow are others."""
 

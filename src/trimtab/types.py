@@ -114,13 +114,3 @@ class Score:
 
     total: float
     parts: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something a report or a diagnosis says: how bad, what, on what evidence, and what to do."""
-
-    severity: Literal["info", "warning", "error"]
-    title: str
-    evidence: str
-    remedy: str

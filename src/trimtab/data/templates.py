@@ -114,11 +114,6 @@ class Template:
         lead = self._decoded(anchor, skip_special_tokens=True)
         return text[len(lead) :] if text.startswith(lead) else self._decoded(tokens, skip_special_tokens=True)
 
-    @property
-    def pad_id(self) -> int:
-        """The padding token, for files and servers that ask for one. It may be the same as EOS."""
-        return self.end_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
-
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that decides the encoding: two templates with the same one give the same tokens."""

@@ -98,12 +98,11 @@ class LanguageModel(PackedModel):
         with self.model.disable_adapter():
             yield
 
-    def save(self, folder: Path, *, merge: bool = False) -> Path:
-        """Save in Hugging Face layout (an adapter as a peft adapter, or merged into its base model), atomically."""
+    def save(self, folder: Path) -> Path:
+        """Save in Hugging Face layout (an adapter as a peft adapter), atomically."""
 
         def write(staging: Path) -> None:
-            model = self.model.merge_and_unload() if merge and hasattr(self.model, "peft_config") else self.model
-            model.save_pretrained(staging)
+            self.model.save_pretrained(staging)
             loading.save_template(self.template, staging)
             if self.value_head is not None:
                 from safetensors.torch import save_file

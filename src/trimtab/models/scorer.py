@@ -78,7 +78,7 @@ class Scorer(PackedModel):
         states, layout = self._states(batch, keep_last=False)
         return Outputs(values=self._read(states, layout.predictor))
 
-    def save(self, folder: Path, *, merge: bool = False) -> Path:
+    def save(self, folder: Path) -> Path:
         """Save in Hugging Face layout, atomically.
 
         transformers reads a batch's score at the last token that is not padding, so the saved padding token must not be a
@@ -86,9 +86,8 @@ class Scorer(PackedModel):
         """
 
         def write(staging: Path) -> None:
-            model = self.model.merge_and_unload() if merge and hasattr(self.model, "peft_config") else self.model
-            loading.unwrap(model).config.pad_token_id = self._padding_token()
-            model.save_pretrained(staging)
+            self.plain.config.pad_token_id = self._padding_token()
+            self.model.save_pretrained(staging)
             loading.save_template(self.template, staging)
 
         return loading.save_atomically(folder, write)

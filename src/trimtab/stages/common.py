@@ -27,7 +27,7 @@ class StageConfig(Config):
 
 
 class Saveable(Protocol):
-    def save(self, folder: Path, *, merge: bool = False) -> Path: ...
+    def save(self, folder: Path) -> Path: ...
 
 
 def save_checkpoint(run: Path, step: int, tracker: Tracker, **models: Saveable) -> Path:
