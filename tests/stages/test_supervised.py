@@ -12,11 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from trimtab.batch import observe
 from trimtab.config import load_recipe
 from trimtab.data.records import load_comparisons
 from trimtab.errors import DataError
-from trimtab.models.language import LanguageModel
+from trimtab.models.language import LanguageModel, plain_logprobs
 from trimtab.models.loading import ModelConfig
 from trimtab.models.scorer import Scorer
 from trimtab.stages.common import comparison_batch
@@ -98,16 +97,22 @@ def test_dpo_starts_at_log_two_and_learns_the_preference(place: Path) -> None:
     assert metrics["reward/chosen"] > metrics["reward/rejected"]
 
 
-def test_dpo_margin_is_beta_times_the_log_ratio_of_plain_models(place: Path) -> None:
-    config = recipe(DPOConfig, place, "pairs.jsonl", "fit.steps=5", "fit.batch_size=40", "optim.lr=1e-3")
-    preference(config, place / "run", tiny.Recorder())
-    trained, start = (LanguageModel.load(ModelConfig(path=str(place / p), dtype="float32"), trainable=False) for p in ("run", "model"))
-    batch = comparison_batch(load_comparisons(config.data, start.template).records)
-    h = batch.sum_by_response(
-        observe(batch, trained.forward, token_budget=9999).logprobs - observe(batch, start.forward, token_budget=9999).logprobs
-    )
-    better, worse = batch.pairs()
-    assert float((h[better] - h[worse]).mean()) > 0
+def test_dpo_evaluates_the_loss_that_the_saved_models_have_in_plain_transformers(place: Path) -> None:
+    config = recipe(DPOConfig, place, "pairs.jsonl", "fit.steps=5", "optim.lr=1e-3", "data.holdout=0.3", "beta=0.2")
+    metrics = preference(config, place / "run", tiny.Recorder())
+    folders = (place / "run/checkpoints/last/model", place / "model")
+    trained, start = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in folders)
+    losses = []
+    with torch.no_grad():
+        for comparison in load_comparisons(config.data, LanguageModel.load(config.model).template).holdout:
+            prompt = comparison.group.prompt.tokens
+            chosen, rejected = (
+                plain_logprobs(trained, prompt, r.tokens).sum() - plain_logprobs(start, prompt, r.tokens).sum()
+                for r in comparison.group.responses
+            )
+            losses.append(-torch.nn.functional.logsigmoid(0.2 * (chosen - rejected)))
+    assert metrics["eval/loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+    assert metrics["eval/loss"] < math.log(2)
 
 
 def test_a_ranking_of_k_is_all_its_pairs(place: Path) -> None:
