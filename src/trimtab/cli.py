@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import __version__
+from trimtab.algorithms import ALGORITHMS
 from trimtab.errors import ConfigError, TrimtabError
 
 
@@ -24,12 +25,16 @@ class Command:
     config: str
     run: str
     kind: str = "stage"  # stage: writes a run directory; action: does something and prints
+    named: bool = False  # config(name) gives the recipe's type, and run(name, ...) runs it: one stage for many algorithms
 
 
 COMMANDS = {
     "sft": Command("fine-tune on demonstrations", "trimtab.stages.sft:SFTConfig", "trimtab.stages.sft:sft"),
     "reward": Command("train a reward model on comparisons", "trimtab.stages.reward:RewardModelConfig", "trimtab.stages.reward:reward"),
-    "ppo": Command("improve a policy against a reward with PPO", "trimtab.stages.policy:policy_config", "trimtab.stages.policy:policy"),
+    **{
+        name: Command(entry.what, "trimtab.stages.policy:policy_config", "trimtab.stages.policy:policy", named=True)
+        for name, entry in ALGORITHMS.items()
+    },
     "dpo": Command("learn from preferences directly", "trimtab.stages.preference:DPOConfig", "trimtab.stages.preference:preference"),
     "evaluate": Command(
         "held-out reward, KL and win rate against another model",
@@ -112,14 +117,14 @@ def _run(name: str, words: list[str]) -> int:
     from trimtab.runs.session import session
 
     with session(name, config.output, to_yaml(config), trackers=config.trackers, overwrite=overwrite) as directory:
-        metrics = run(name, config, directory.path, directory) if name == "ppo" else run(config, directory.path, directory)
+        metrics = run(name, config, directory.path, directory) if command.named else run(config, directory.path, directory)
     _print_result(directory.path, metrics)
     return 0
 
 
 def _config_of(name: str) -> Any:
     found = _load(COMMANDS[name].config)
-    return found(name) if not isinstance(found, type) else found
+    return found(name) if COMMANDS[name].named else found
 
 
 def _load(place: str) -> Callable[..., Any]:

@@ -66,7 +66,7 @@ class PolicyConfig(StageConfig):
 @cache
 def policy_config(algorithm: str) -> type[PolicyConfig]:
     """The recipe type of one algorithm."""
-    own = ALGORITHMS[algorithm].Config
+    own = ALGORITHMS[algorithm].load().Config
     return create_model(  # type: ignore[no-any-return, call-overload]
         f"{algorithm.upper()}RecipeConfig",
         __base__=PolicyConfig,
@@ -106,7 +106,7 @@ class PolicyLearning:
         loaded = load_prompts(config.data, model.template)
         self.prompts, self.data_report = loaded.records, loaded.report
         self.cursor = Cursor(len(self.prompts), min(config.prompts_per_step, len(self.prompts)), config.seed)
-        self.algorithm: Algorithm = ALGORITHMS[name](config.algorithm)
+        self.algorithm: Algorithm = ALGORITHMS[name].load()(config.algorithm)
         self.reward = rewards.make(config.reward, device=config.model.device, policy=model.template)
         self.shaping = RewardShaping(config.shaping)
         self.reference = make_reference(model, config.model)
