@@ -36,6 +36,11 @@ COMMANDS = {
         for name, entry in ALGORITHMS.items()
     },
     "dpo": Command("learn from preferences directly", "trimtab.stages.preference:DPOConfig", "trimtab.stages.preference:preference"),
+    "rejection": Command(
+        "fine-tune on the best of n own responses, in rounds",
+        "trimtab.stages.rejection:RejectionConfig",
+        "trimtab.stages.rejection:rejection",
+    ),
     "evaluate": Command(
         "held-out reward, KL and win rate against another model",
         "trimtab.stages.evaluate:EvaluateConfig",
