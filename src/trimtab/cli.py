@@ -47,6 +47,9 @@ COMMANDS = {
         "trimtab.stages.evaluate:evaluate",
     ),
     "sample": Command("sample responses, or keep the best of n", "trimtab.stages.sample:SampleConfig", "trimtab.cli:_sample", "action"),
+    "judge": Command(
+        "compare samples with a language model as the judge", "trimtab.stages.judge:JudgeConfig", "trimtab.stages.judge:judge", "action"
+    ),
     "annotate": Command(
         "compare samples with the simulated annotator", "trimtab.demo.annotate:AnnotateConfig", "trimtab.demo.annotate:annotate", "action"
     ),
