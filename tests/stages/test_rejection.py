@@ -109,6 +109,15 @@ def test_settings_that_leave_no_choice_are_refused(place: Path, setting: str, wh
         recipe(place, setting)
 
 
+def test_a_failing_predicate_shows_in_the_metrics_of_the_round(place: Path) -> None:
+    code = "def vowels(prompt, response, row):\n    return 1 / sum(c in 'aeiou' for c in response)\n"
+    config = recipe(place, "rounds=1", "reward.function=null", "reward.verifier.kind=python", f"reward.verifier.code={json.dumps(code)}")
+    tracker = tiny.Recorder()
+    rejection(config, place / "run", tracker)
+    assert 0 < tracker.metrics[0]["reward/vowels_failed"] < 1
+    assert tracker.metrics[0]["reward/vowels"] == pytest.approx(tracker.metrics[0]["reward/mean"], abs=1e-6)
+
+
 def test_the_command_writes_a_run_directory(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rejection", *overrides(place, "rounds=1", "n=4")]) == 0
     assert {"metrics.jsonl", "samples.jsonl", "report.html", "config.yaml"} <= {p.name for p in (place / "run").iterdir()}

@@ -184,7 +184,8 @@ class Losses:
 def describe(sampled: Sampled) -> dict[str, float]:
     """Reward, KL and length of all responses, and of those that were kept."""
     batch = Batch(tuple(sampled.groups))
-    totals = torch.tensor([score.total for row in sampled.scores for score in row], dtype=torch.float64)
+    flat = [score for row in sampled.scores for score in row]
+    totals = torch.tensor([score.total for score in flat], dtype=torch.float64)
     lengths = torch.tensor(batch.lengths, dtype=torch.float64)
     first, kept = 0, list[int]()
     for group, chosen in zip(sampled.groups, sampled.kept, strict=True):
@@ -194,6 +195,8 @@ def describe(sampled: Sampled) -> dict[str, float]:
     metrics |= {"kl/per_token": sampled.kl.sum() / lengths.sum(), "response/length": lengths.mean()}
     metrics |= {"response/truncated": batch.truncated.double().mean(), "selection/kept": torch.tensor(len(kept) / len(totals))}
     metrics |= {"selection/prompts": torch.tensor([bool(chosen) for chosen in sampled.kept]).double().mean()}
+    if len(flat[0].parts) > 1:
+        metrics |= {f"reward/{name}": torch.tensor([score.parts[name] for score in flat]).mean() for name in flat[0].parts}
     if kept:
         metrics |= {"selection/reward": totals[kept].mean(), "selection/length": lengths[kept].mean()}
     return {name: float(value) for name, value in metrics.items()}
