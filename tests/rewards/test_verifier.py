@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from decimal import Decimal
@@ -214,6 +216,16 @@ def test_a_worker_that_dies_or_hangs_is_replaced(sandboxed: PredicateReward, wha
     assert totals(sandboxed, group(what, "right", answer=4)) == [[-7, 1]]
     assert sandboxed.sandbox.starts == starts + 1
     assert not Path(f"/proc/{old}").exists()
+
+
+def test_an_interrupted_call_does_not_answer_the_next(sandboxed: PredicateReward) -> None:
+    totals(sandboxed, group("right", answer=4))
+    main = threading.main_thread().ident
+    assert main is not None
+    threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        totals(sandboxed, group("hang"))
+    assert totals(sandboxed, group("number", "right", answer=4)) == [[0.25, 1]]
 
 
 def running(*words: str) -> list[int]:

@@ -77,7 +77,11 @@ class Sandbox:
             self._start()
         assert self._worker is not None
         line = json.dumps(arguments, default=str).encode() + b"\n"
-        answer = self._worker.ask(line, self.limits.seconds + GRACE_SECONDS)
+        try:
+            answer = self._worker.ask(line, self.limits.seconds + GRACE_SECONDS)
+        except BaseException:  # interrupted: an answer still under way must not become the next call's
+            self.close()
+            raise
         if answer is None:
             self.close()
             return Verdict(None, "died", "it took its worker process with it")
