@@ -8,7 +8,7 @@ advantages are columns with different names, so that one is never taken for anot
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -27,12 +27,16 @@ class Outputs:
     entropy:  H(pi(. | x, y_<t)) in nats at every response token.
     values:   V(x, y_<t): the value of the state *before* every response token.
     scores:   r(x, y): one score per response, read at its last token.
+    members:  the scores of every head of an ensemble, whose mean `scores` is.
+    token_scores: a score of every response token, read in the state *after* it.
     """
 
     logprobs: Float[Tensor, " tokens"] | None = None
     entropy: Float[Tensor, " tokens"] | None = None
     values: Float[Tensor, " tokens"] | None = None
     scores: Float[Tensor, " responses"] | None = None
+    members: Float[Tensor, "responses heads"] | None = None
+    token_scores: Float[Tensor, " tokens"] | None = None
 
 
 @dataclass(frozen=True)
@@ -179,4 +183,4 @@ def observe(batch: Batch, forward: Callable[[Batch], Outputs], *, token_budget: 
         columns = [getattr(part, name) for part in parts]
         return None if columns[0] is None else torch.cat(columns)
 
-    return Outputs(joined("logprobs"), joined("entropy"), joined("values"), joined("scores"))
+    return Outputs(**{column.name: joined(column.name) for column in fields(Outputs)})
