@@ -16,7 +16,7 @@ SENTENCE = r"[.!?]+[\"')\]]*\s+"
 def cut_after(text: str, pattern: str) -> list[int]:
     """Where the pieces of a text end, in characters: behind every match of a pattern, and at the end of the text.
 
-    A piece of white space alone belongs to the one before it.
+    A piece of white space alone is joined to its neighbour.
     """
     ends = [match.end() for match in re.finditer(pattern, text) if match.end() > match.start()]
     bounds = [0, *(end for end in ends if end < len(text)), len(text)]
