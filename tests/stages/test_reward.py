@@ -229,8 +229,9 @@ def run(place: Path, *overrides: str) -> tuple[dict[str, float], Path]:
     return reward(config, place / "run", tiny.Recorder()), place / "run/checkpoints/last/model"
 
 
-def test_an_ensemble_is_several_heads_on_one_trunk(place: Path) -> None:
-    metrics, folder = run(place, f"data.path={place / 'pairs.jsonl'}", "ensemble.members=3", "data.holdout=0.3")
+@pytest.mark.parametrize("lora", ["null", "{rank: 4}"])
+def test_an_ensemble_is_several_heads_on_one_trunk(place: Path, lora: str) -> None:
+    metrics, folder = run(place, f"data.path={place / 'pairs.jsonl'}", "ensemble.members=3", "data.holdout=0.3", f"model.lora={lora}")
     assert metrics["eval/accuracy"] > 0.9
     assert 0 <= metrics["eval/disagreement"] <= 1
     again = Scorer.load(ModelConfig(path=str(folder), dtype="float32"), head="saved", trainable=False)
@@ -238,7 +239,8 @@ def test_an_ensemble_is_several_heads_on_one_trunk(place: Path) -> None:
     assert outputs.members.shape == (3, 3)
     assert torch.equal(outputs.members.mean(1), outputs.scores)
     assert (outputs.members.std(1) > 0).all()
-    assert AutoModelForSequenceClassification.from_pretrained(folder).score.weight.shape == (3, 32)
+    again.save(place / "whole")  # loading merges an adapter
+    assert AutoModelForSequenceClassification.from_pretrained(place / "whole").score.weight.shape == (3, 32)
     with pytest.raises(ConfigError, match="has 3 heads, not 1"):
         run(place, f"data.path={place / 'pairs.jsonl'}", f"model.path={folder}", "head=saved")
 

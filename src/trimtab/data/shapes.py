@@ -244,9 +244,10 @@ def _process(columns: Columns, template: Template, rest: dict[str, Any], separat
         )
     given = _prompt(columns, template, rest)
     response = _response(template, given, separator.join(texts), columns.flag("truncated"), "steps")
-    ends = list(accumulate(len(text) + len(separator) for text in texts))
     lead = len(response.text) - len(separator.join(texts))  # a space that was put before the answer
-    tokens = last_tokens(template, response.tokens, [end - len(separator) + lead for end in ends])
+    starts = accumulate((len(text) + len(separator) for text in texts[:-1]), initial=lead)
+    ends = [start + len(text.rstrip()) for start, text in zip(starts, texts, strict=True)]  # white space at its end is none of a step
+    tokens = last_tokens(template, response.tokens, ends)
     steps = tuple(Step(text, token, label) for text, token, label in zip(texts, tokens, labels, strict=True))
     return Comparison(Group(given, (response,)), (float(all(label != 0 for label in labels)),), "process", steps=steps)
 

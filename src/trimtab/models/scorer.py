@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trimtab.batch import Batch, Outputs
 from trimtab.config import Config
 from trimtab.data.templates import Mode, Template
-from trimtab.errors import ModelError
+from trimtab.errors import DataError, ModelError, RewardError
 from trimtab.models import loading
 from trimtab.models.base import PackedModel
 from trimtab.models.loading import ModelConfig
@@ -128,6 +128,19 @@ class Scorer(PackedModel):
         """V(x, y_<t) for every response token, read at the position that predicts it."""
         states, layout = self._states(batch, keep_last=False)
         return Outputs(values=self._read(states, layout.predictor).mean(1))
+
+    def encode(self, group: Group, name: str) -> Group:
+        """The same conversation in this model's own tokens. Raises RewardError, naming the reward, for what it cannot read."""
+        try:
+            prompt = self.template.prompt(group.prompt.text, group.prompt.row)
+            answers = [(r.text, r.truncated and bool(r.text)) for r in group.responses]  # nothing at all is written as an end of turn
+            return Group(prompt, tuple(self.template.response(prompt, text, truncated=cut) for text, cut in answers))
+        except DataError as error:
+            raise RewardError(
+                f"reward model {name!r} cannot read a sample: {error.what}",
+                where=f"prompt {group.prompt.as_text[:60]!r}",
+                fix="use a reward model with the policy's tokenizer and template",
+            ) from error
 
     def save(self, folder: Path) -> Path:
         """Save in Hugging Face layout, atomically.

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from trimtab.config import Config
 from trimtab.data.records import DataConfig, load_comparisons
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import DataError
 from trimtab.maths.audit import correlation, label_noise, logistic_regression
 from trimtab.maths.reward_losses import calibration
 from trimtab.maths.statistics import Interval, wilson_interval
@@ -114,8 +114,6 @@ def audit(config: AuditConfig) -> dict[str, Any]:
 def _load(config: AuditConfig, path: str) -> ModelReward:
     model = ModelConfig(path=path, dtype=config.dtype, device=config.device)
     scorer = Scorer.load(model, head="saved", trainable=False)
-    if scorer.note.reads == "step":
-        raise ConfigError("this model judges steps, not responses", where=path, fix="name a model trained with another loss.kind")
     return ModelReward(scorer, name=path, token_budget=config.tokens_per_batch, policy=scorer.template)
 
 
