@@ -119,7 +119,7 @@ def reward(config: RewardModelConfig, run: Path, tracker: Tracker) -> dict[str, 
     data, held_out = (reward_batch(part, config.loss.kind) for part in (comparisons.records, comparisons.holdout))
     if members > 1 and config.ensemble.bootstrap:
         data = data.with_responses(**bootstrap_weights(data, members, config.seed))
-    reference = None if config.normalise is None else Batch(tuple(load_samples(config.normalise, scorer.template).records))
+    reference = None if config.normalise is None else _reference(config.normalise, scorer, tracker)
     budget = config.fit.micro_batch_tokens
 
     def evaluate() -> dict[str, float]:
@@ -150,6 +150,13 @@ def _scorer(config: RewardModelConfig) -> Scorer:
         raise ConfigError(f"the saved reward model has {scorer.heads} heads, not {members}", where="ensemble.members", fix=fix)
     scorer.note = scorer.note.model_copy(update={"reads": READS[config.loss.kind]})
     return scorer
+
+
+def _reference(config: DataConfig, scorer: Scorer, tracker: Tracker) -> Batch:
+    samples = load_samples(config, scorer.template)
+    check_lengths(samples.records, scorer.context, "a reference response")
+    tracker.event("reference", records=len(samples.records), skipped_rows=[f"{place}: {reason}" for place, reason in samples.skipped])
+    return Batch(tuple(samples.records))
 
 
 NEEDS: Mapping[Kind, tuple[tuple[str, ...], str]] = {
