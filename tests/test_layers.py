@@ -15,9 +15,9 @@ LAYERS = [
     "stages", "runs", "demo", "cli",
 ]  # fmt: skip
 SIBLINGS = {
-    "algorithms": {"base"},
+    "algorithms": {"base", "group"},
     "engines": {"sampling"},
-    "rewards": set(),
+    "rewards": {"numerals", "sandbox"},
     "stages": {"common", "actor_critic", "policy_metrics", "sample"},
 }
 """Folders whose files do not import each other, and the files there that are made to be shared."""

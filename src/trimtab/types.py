@@ -131,7 +131,8 @@ class Comparison:
 class Score:
     """What a reward says of one response: the total, and the named parts it is made of.
 
-    placed: where it was earned: (response token, reward) pairs that add up to the total. Empty: all at the last token.
+    placed: where it was earned: (response token, reward) pairs that add up to the total; a token may occur again. Empty: all at the
+            last token.
     """
 
     total: float

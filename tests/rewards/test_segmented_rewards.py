@@ -20,6 +20,7 @@ from trimtab.models.loading import ModelConfig
 from trimtab.models.scorer import Scorer
 from trimtab.rewards.combination import CombinedReward
 from trimtab.rewards.function import FunctionReward
+from trimtab.rewards.length import LengthDebiased
 from trimtab.rewards.model import ModelReward
 from trimtab.rewards.segments import ProcessReward, SegmentedReward, SegmentsConfig, prefix, segment_ends
 from trimtab.types import Group, Response, Score
@@ -166,6 +167,15 @@ def test_a_combination_keeps_what_was_placed() -> None:
     assert mixed.placed[1] == (7, 0.5 * given_out.placed[1][1] + 0.5 * 0.5 * 2.0)
     ((least,),) = CombinedReward([pieces, plain], [1.0, 0.5], "min").score(group)
     assert least.placed == ()
+
+
+def test_what_length_explains_is_taken_from_the_end() -> None:
+    pieces = SegmentedReward(FunctionReward(vowels), TEMPLATE, SegmentsConfig())
+    group = [Group(PROMPT, (response("ab. ae"), response("a. ooo eee"), response("a")))]
+    (before,), (after,) = pieces.score(group), LengthDebiased(pieces).score(group)
+    for old, new in zip(before, after, strict=True):
+        assert new.placed[:-1] == old.placed
+        assert new.placed[-1] == (old.placed[-1][0], pytest.approx(new.total - old.total))
 
 
 def test_placed_rewards_must_add_up() -> None:

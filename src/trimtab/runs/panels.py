@@ -33,6 +33,9 @@ PANELS = (
     _one("reward/std", "Spread of the reward", "standard deviation"),
     _one("reward/shaped", "Reward after shaping", "mean over responses"),
     _two("Implicit reward", "β log π/π_ref", "reward", "chosen", "rejected"),
+    Panel("Kept", "share", (("selection/kept", "responses"), ("selection/prompts", "prompts with one"))),
+    _one("selection/reward", "Reward of what was kept", "mean over responses"),
+    _one("selection/length", "Length of what was kept", "tokens"),
     _one("kl/mean", "KL per response", "nats"),
     _one("kl/per_token", "KL per token", "nats"),
     _one("kl/beta", "Weight of the KL, β"),
@@ -67,6 +70,7 @@ PANELS = (
 
 SECTIONS = {
     "Reward": ("reward",),
+    "What was kept": ("selection",),
     "KL to the reference": ("kl",),
     "Loss": ("loss",),
     "On the training data": ("train",),
