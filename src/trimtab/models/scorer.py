@@ -75,11 +75,15 @@ class Scorer(PackedModel):
         from transformers import AutoModelForSequenceClassification
 
         folder = loading.resolve_path(config.path)
-        note = Note.read(folder) if head == "saved" else Note(gain=[1.0] * heads, bias=[0.0] * heads)
-        model = loading.load_model(AutoModelForSequenceClassification, config, num_labels=len(note.gain))
+        saved = Note.read(folder)
+        note = saved if head == "saved" else Note(gain=[1.0] * heads, bias=[0.0] * heads)
+        model = loading.load_model(AutoModelForSequenceClassification, config, num_labels=len(saved.gain))
         score = getattr(model, "score", None)
         if not isinstance(score, nn.Linear):
             raise ModelError(f"{type(model).__name__} has no linear `score` head", where=config.path, fix="use a decoder-only model")
+        if head != "saved" and heads != score.out_features:  # the trunk of a scorer with another number of heads
+            score = model.score = nn.Linear(score.in_features, heads, bias=False).to(score.weight)
+            model.num_labels = model.config.num_labels = heads
         if head == "normal":
             generator = torch.Generator().manual_seed(0)
             score.weight.data = torch.randn(score.weight.shape, generator=generator).to(score.weight) / (score.in_features + 1) ** 0.5
