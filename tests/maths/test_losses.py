@@ -1,4 +1,4 @@
-"""Reward, preference and value losses: closed-form gradients and identities."""
+"""Preference and value losses: closed-form gradients and identities."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.maths.preference_losses import dpo
-from trimtab.maths.reward_losses import bradley_terry, centring
 from trimtab.maths.value_losses import clipped_squared_error, squared_error
 
 number = st.floats(-20, 20)
@@ -18,23 +17,6 @@ number = st.floats(-20, 20)
 
 def leaf(x: float) -> torch.Tensor:
     return torch.tensor([x], dtype=torch.float64, requires_grad=True)
-
-
-@given(number, number, st.floats(0, 5))
-def test_bradley_terry_gradient_and_shift_invariance(a: float, b: float, margin: float) -> None:
-    chosen, rejected = leaf(a), leaf(b)
-    loss = bradley_terry(chosen, rejected, margin)
-    loss.sum().backward()
-    p = 1 / (1 + math.exp(-(a - b - margin)))
-    assert float(chosen.grad) == pytest.approx(p - 1, abs=1e-12)
-    assert float(rejected.grad) == pytest.approx(1 - p, abs=1e-12)
-    assert bradley_terry(chosen + 3, rejected + 3, margin).item() == pytest.approx(loss.item(), abs=1e-9)
-
-
-def test_centring_pulls_the_sum_to_zero_and_leaves_the_difference() -> None:
-    chosen, rejected = leaf(2.0), leaf(1.0)
-    centring(chosen, rejected).sum().backward()
-    assert float(chosen.grad) == float(rejected.grad) == 6.0
 
 
 @given(number, number, st.floats(0.01, 2), st.floats(0, 0.49))
