@@ -288,6 +288,14 @@ def test_discopop_stays_finite_far_out() -> None:
     assert loss("discopop", 2000.0, -2000.0, 1.0, 0.05) == 0
 
 
+@pytest.mark.parametrize(("tau", "sign"), [(0.05, 1), (0.1, 1), (0.2, -1)])
+def test_discopop_with_a_small_tau_draws_a_margin_of_zero_down(tau: float, sign: int) -> None:
+    chosen = column(0.0).requires_grad_()
+    losses.discopop(chosen, column(0.0), 1.0, tau).backward()
+    assert float(chosen.grad) * sign > 0
+    assert float(chosen.grad) == pytest.approx((1 - math.log(2)) / (4 * tau) - 0.75)
+
+
 def test_certain_tokens_have_finite_odds() -> None:
     chosen = column(0.0).requires_grad_()
     losses.odds_ratio(chosen, column(-1.0)).backward()

@@ -40,6 +40,20 @@ class ReferenceConfig(Config):
     decay: float = Field(0.99, ge=0, lt=1, description="ema: reference <- decay * reference + (1 - decay) * policy")
 
 
+class NoReferenceConfig(ReferenceConfig):
+    """None, unless one is asked for."""
+
+    kind: ReferenceKind = Field("none", description="none: no reference, h = log pi; start, synced, ema: as for other losses")
+
+
+class MovingReferenceConfig(ReferenceConfig):
+    """One that follows the policy."""
+
+    kind: ReferenceKind = Field(
+        "synced", description="synced: a copy of the policy, taken anew every few steps; ema: a moving average of it"
+    )
+
+
 def beta_field(default: float) -> Any:
     return Field(default, gt=0, description="strength of the implied KL penalty: higher stays nearer the reference")
 
@@ -64,14 +78,14 @@ def log_ratio_field(default: LogRatio) -> Any:
     )
 
 
-def reference_field(kind: ReferenceKind) -> Any:
-    return Field(default_factory=lambda: ReferenceConfig(kind=kind), description="which policy the log-ratios are taken against")
+def reference_field(kind: type[ReferenceConfig]) -> Any:
+    return Field(default_factory=kind, description="which policy the log-ratios are taken against")
 
 
 class PreferenceLossConfig(Config):
     """Settings of every preference loss."""
 
-    reference: ReferenceConfig = reference_field("start")
+    reference: ReferenceConfig = reference_field(ReferenceConfig)
     nll_weight: float = nll_field(0.0)
     nll_per_token: bool = nll_per_token_field(True)
 
@@ -244,12 +258,12 @@ class LabelLoss(PreferenceLoss):
 
     def prepare(self, batch: Batch, mismatched: Batch | None = None, *, training: bool = True) -> Batch:
         label = batch.responses["desirable"]
-        good, bad, baseline = label == 1, label == 0, self.find_baseline(batch, mismatched, training=training)
-        of_class = good / good.sum().clamp(min=1) + bad / bad.sum().clamp(min=1)
+        good, bad = (label == 1).to(label.dtype), (label == 0).to(label.dtype)
+        baseline = self.find_baseline(batch, mismatched, training=training)
         return batch.with_responses(
             **{f"{self.name}_baseline": torch.full_like(label, baseline)},
-            share=((good | bad) / (good | bad).sum().clamp(min=1)).to(label.dtype),
-            class_share=of_class.to(label.dtype),
+            share=(good + bad) / (good + bad).sum().clamp(min=1),
+            class_share=good / good.sum().clamp(min=1) + bad / bad.sum().clamp(min=1),
         )
 
     def baseline(self, batch: Batch) -> Tensor:

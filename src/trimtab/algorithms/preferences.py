@@ -17,6 +17,8 @@ from trimtab.algorithms.preference_base import (
     LabelConfig,
     LabelLoss,
     LogRatio,
+    MovingReferenceConfig,
+    NoReferenceConfig,
     PairConfig,
     PairLoss,
     PreferenceLoss,
@@ -63,7 +65,7 @@ class DPO(PairLoss):
 class CPOConfig(DPOConfig):
     """Settings of CPO."""
 
-    reference: ReferenceConfig = reference_field("none")
+    reference: NoReferenceConfig = reference_field(NoReferenceConfig)
     nll_weight: float = nll_field(1.0)
     nll_per_token: bool = nll_per_token_field(False)
 
@@ -127,7 +129,7 @@ class MeanDPO(DPO):
 class TRDPOConfig(DPOConfig):
     """Settings of trust-region DPO."""
 
-    reference: ReferenceConfig = reference_field("synced")
+    reference: MovingReferenceConfig = reference_field(MovingReferenceConfig)
 
 
 class TRDPO(DPO):
@@ -211,7 +213,7 @@ class BCOPair(PairLoss):
 class ORPOConfig(PairConfig):
     """Settings of ORPO."""
 
-    reference: ReferenceConfig = reference_field("none")
+    reference: NoReferenceConfig = reference_field(NoReferenceConfig)
     log_ratio: LogRatio = log_ratio_field("mean")
     nll_weight: float = nll_field(1.0)
     weight: float = Field(0.1, gt=0, description="lambda: weight of the odds ratio beside the likelihood")
@@ -240,7 +242,7 @@ class ORPO(PairLoss):
 class SimPOConfig(BetaConfig):
     """Settings of SimPO."""
 
-    reference: ReferenceConfig = reference_field("none")
+    reference: NoReferenceConfig = reference_field(NoReferenceConfig)
     log_ratio: LogRatio = log_ratio_field("mean")
     beta: float = beta_field(2.0)
     gamma: float = Field(1.0, ge=0, description="the margin, after beta, by which the chosen response shall lead")
@@ -313,7 +315,7 @@ class DiscoPOPConfig(BetaConfig):
 
 
 class DiscoPOP(PairLoss):
-    """The loss found by search: logistic below margin 0, exponential above."""
+    """The loss found by search: logistic below margin 0, exponential above. With a small tau its slope at margin 0 is upward."""
 
     Config = DiscoPOPConfig
 
@@ -506,7 +508,7 @@ class BCO(LabelLoss):
 class NLLConfig(LabelConfig):
     """Settings of the likelihood in a mixture."""
 
-    reference: ReferenceConfig = reference_field("none")
+    reference: NoReferenceConfig = reference_field(NoReferenceConfig)
 
 
 class NLL(LabelLoss):
@@ -531,7 +533,7 @@ class MixtureConfig(Config):
     settings: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="settings of the members, for example {dpo: {beta: 0.2}}; the others have their defaults"
     )
-    reference: ReferenceConfig = reference_field("start")
+    reference: ReferenceConfig = reference_field(ReferenceConfig)
 
     @field_validator("members")
     @classmethod

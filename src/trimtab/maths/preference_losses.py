@@ -183,6 +183,8 @@ def apo_down(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"],
 def discopop(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"], beta: float, tau: float) -> Float[Tensor, " pairs"]:
     """(1 - m) (-log s(x)) + m exp(-x), x = beta Delta, m = s(x / tau): logistic below zero, exponential above.
 
+    It has a dip at a small negative margin: with tau below 0.1 a pair at margin 0 is first drawn down into it (the authors
+    point this out), and leaves it only where its margin has been raised otherwise.
     Source: Lu et al. 2024, eq. 5 (found by search). d_w = beta [m (1 - m) / tau (exp(-x) + log s(x)) - (1 - m) s(-x) - m exp(-x)].
     """
     x = beta * (chosen - rejected)
