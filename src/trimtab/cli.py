@@ -44,6 +44,12 @@ COMMANDS = {
         "trimtab.stages.evaluate:EvaluateConfig",
         "trimtab.stages.evaluate:evaluate",
     ),
+    "implicit-reward": Command(
+        "the reward a policy is optimal for, read from the policy",
+        "trimtab.stages.implicit:ImplicitConfig",
+        "trimtab.stages.implicit:implicit_reward",
+        "action",
+    ),
     "sample": Command("sample responses, or keep the best of n", "trimtab.stages.sample:SampleConfig", "trimtab.cli:_sample", "action"),
     "annotate": Command(
         "compare samples with the simulated annotator", "trimtab.demo.annotate:AnnotateConfig", "trimtab.demo.annotate:annotate", "action"

@@ -65,6 +65,7 @@ CASES: dict[str, tuple[str, bytes, str, list[str], str]] = {
     "unknown tracker": ("dpo", lines(GOOD_PAIR), "", ["trackers=[wandbb]"], "did you mean 'wandb'"),
     "no prompt at all": ("sample", b"", "", ["prompt=null"], "set either prompt or data.path"),
     "best of n without a reward folder": ("sample", b"", "", ["prompt=a", "n=2", "reward.model=./no_rm"], "no such model folder"),
+    "partition without a reward": ("implicit-reward", lines(GOOD_PAIR), "", ["reward=null", "samples=4"], "samples need a reward"),
     "unknown command": ("pppo", b"", "", [], "did you mean 'ppo'"),
     "unknown option": ("dpo", lines(GOOD_PAIR), "", ["--force"], "unknown option '--force'"),
 }  # fmt: skip
