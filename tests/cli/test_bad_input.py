@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, bytes, str, list[str], str]] = {
     "bad setting of a member": (
         "mixture", lines(GOOD_PAIR), "", ["algorithm.settings={dpo: {beta: 0}}"], "algorithm.settings.dpo: setting 'beta'"
     ),
-    "a reference for odds": ("orpo", lines(GOOD_PAIR), "", ["algorithm.reference.kind=start"], "reference.kind must be none"),
+    "a reference for odds": ("orpo", lines(GOOD_PAIR), "", ["algorithm.reference.role=frozen"], "reference.role must be none"),
     "missing model folder": ("dpo", lines(GOOD_PAIR), "", ["model.path=./no_model"], "no such model folder"),
     "folder without a model": ("dpo", lines(GOOD_PAIR), "", ["model.path=."], "config.json"),
     "no GPU": ("dpo", lines(GOOD_PAIR), "", ["model.device=cuda:7"], "no usable GPU"),

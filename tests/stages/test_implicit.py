@@ -36,7 +36,7 @@ def place(tmp_path: Path) -> Path:
     texts = [model.template.decode((i,)) for i in range(tiny.VOCABULARY)]
     reward = torch.tensor([score(text) for text in texts], dtype=torch.float64)
     with torch.no_grad():
-        states, _ = model._predictors(Batch((Group(prompt, (Response((5,), ""),)),)))
+        states, _ = model.predictors(Batch((Group(prompt, (Response((5,), ""),)),)))
         h = states[0]
         model.plain.lm_head.weight += torch.outer(reward / BETA, h) / (h @ h)  # adds r / beta to the logits at this prompt
     model.save(tmp_path / "policy")

@@ -192,19 +192,19 @@ def test_a_reference_is_looked_at_only_where_there_is_one(name: str, folder: Pat
 
     monkeypatch.setattr(stage, "observe", counted)
     _, tracker, learner = learn(name, folder, tmp_path / "run", comparisons(), "fit.steps=2")
-    kind = learner.algorithm.reference.kind
-    assert ("reference" in [event for event, _ in tracker.events]) == (kind == "start")
-    assert ("logprobs_ref" in learner.data.batch.tokens) == (kind == "start")
-    assert (tmp_path / "run/checkpoints/last/reference").exists() == (kind in ("synced", "ema"))
-    per_step = {"start": 0, "none": 0, "synced": 1, "ema": 1}[kind] + learner.algorithm.needs_own + learner.algorithm.needs_mismatched
-    once = (kind == "start") * (1 + learner.algorithm.needs_mismatched)
+    role = learner.algorithm.reference.role
+    assert ("reference" in [event for event, _ in tracker.events]) == (role == "frozen")
+    assert ("logprobs_ref" in learner.data.batch.tokens) == (role == "frozen")
+    assert (tmp_path / "run/checkpoints/last/reference").exists() == (role in ("synced", "ema"))
+    per_step = {"frozen": 0, "none": 0, "synced": 1, "ema": 1}[role] + learner.algorithm.needs_own + learner.algorithm.needs_mismatched
+    once = (role == "frozen") * (1 + learner.algorithm.needs_mismatched)
     assert len(looked) == once + 2 * per_step
 
 
 def test_reference_free_losses_are_these(folder: Path) -> None:
-    kinds = {name: PREFERENCES[name].load().Config().reference.kind for name in EVERY}
-    assert {name for name, kind in kinds.items() if kind == "none"} == {"orpo", "simpo", "cpo"}
-    assert {name for name, kind in kinds.items() if kind != "start"} - {"orpo", "simpo", "cpo"} == {"tr_dpo"}
+    roles = {name: PREFERENCES[name].load().Config().reference.role for name in EVERY}
+    assert {name for name, role in roles.items() if role == "none"} == {"orpo", "simpo", "cpo"}
+    assert {name for name, role in roles.items() if role != "frozen"} - {"orpo", "simpo", "cpo"} == {"tr_dpo"}
 
 
 def test_kto_baseline_is_the_kl_of_mismatched_pairs(folder: Path, tmp_path: Path) -> None:
@@ -260,10 +260,16 @@ def test_a_moving_reference_is_the_policy_of_some_steps_ago(lora: str, folder: P
 
 
 def test_trust_region_moves_when_it_should(folder: Path, tmp_path: Path) -> None:
-    _, tracker, _ = learn("tr_dpo", folder, tmp_path / "run", comparisons(), "fit.steps=5", "optim.lr=1e-2")
+    common = ("fit.steps=5", "optim.lr=1e-2", "optim.schedule=constant")
+    _, tracker, _ = learn("tr_dpo", folder, tmp_path / "run", comparisons(), *common)
     losses = [row["loss/tr_dpo"] for row in tracker.metrics]
     at_reference = [i for i, loss in enumerate(losses) if loss == pytest.approx(math.log(2), abs=1e-12)]
     assert at_reference == [0, 2, 4]
+    ema = ("algorithm.reference={role: ema, decay: 0.5}", "algorithm.nll_weight=0", "algorithm.label_smoothing=0")
+    _, followed, _ = learn("dpo", folder, tmp_path / "run", comparisons(), *common, *ema)
+    _, frozen, _ = learn("dpo", folder, tmp_path / "run", comparisons(), *common, *ema[1:])
+    margins = [(a["train/margin"], b["train/margin"]) for a, b in zip(followed.metrics, frozen.metrics, strict=True)]
+    assert all(0 < a < b for a, b in margins[2:])  # a reference that follows leaves less of a margin
 
 
 def test_losses_that_are_presets_equal_dpo_where_they_should(folder: Path, tmp_path: Path) -> None:
@@ -307,7 +313,7 @@ def test_optimal_transport_has_the_gradient_of_the_whole_minibatch_in_every_micr
             loss = algorithm.loss(Outputs(part), micro, counts)
             loss.value.backward()
             found.append((loss.value.detach(), part.grad))
-        assert float(torch.stack([v for v, _ in found]).sum()) == pytest.approx(float(value))
+        assert float(torch.stack([v for v, _ in found]).sum()) == pytest.approx(value.item())
         assert torch.allclose(torch.cat([g for _, g in found]), expected, atol=1e-12)
 
 

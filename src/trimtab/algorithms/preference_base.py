@@ -24,34 +24,32 @@ from trimtab.config import Config
 from trimtab.maths.preference_losses import desensitised_weights, wpo_weights
 from trimtab.maths.reductions import mean_over_pairs
 
-ReferenceKind = Literal["start", "none", "synced", "ema"]
+Role = Literal["frozen", "none", "synced", "ema"]
 LogRatio = Literal["sum", "mean", "desensitised"]
 
 
 class ReferenceConfig(Config):
     """Which policy the log-ratios are taken against."""
 
-    kind: ReferenceKind = Field(
-        "start",
-        description="start: the model as it was, whose log-probabilities are computed once; none: no reference, h = log pi; "
+    role: Role = Field(
+        "frozen",
+        description="frozen: the model as it starts, whose log-probabilities are computed once; none: no reference, h = log pi; "
         "synced: a copy of the policy, taken anew every few steps; ema: a moving average of the policy",
     )
-    every: int = Field(64, gt=0, description="synced, ema: optimiser steps between moves of the reference")
-    decay: float = Field(0.99, ge=0, lt=1, description="ema: reference <- decay * reference + (1 - decay) * policy")
+    decay: float = Field(0.99, ge=0, lt=1, description="role=ema: weight of the old average at each step")
+    every: int = Field(64, gt=0, description="role=synced: steps between copies of the policy")
 
 
 class NoReferenceConfig(ReferenceConfig):
     """None, unless one is asked for."""
 
-    kind: ReferenceKind = Field("none", description="none: no reference, h = log pi; start, synced, ema: as for other losses")
+    role: Role = Field("none", description="none: no reference, h = log pi; frozen, synced, ema: as for other losses")
 
 
 class MovingReferenceConfig(ReferenceConfig):
     """One that follows the policy."""
 
-    kind: ReferenceKind = Field(
-        "synced", description="synced: a copy of the policy, taken anew every few steps; ema: a moving average of it"
-    )
+    role: Role = Field("synced", description="synced: a copy of the policy, taken anew every few steps; ema: a moving average of it")
 
 
 def beta_field(default: float) -> Any:
@@ -172,7 +170,7 @@ class PreferenceLoss:
 
     def token_log_ratios(self, logprobs: Tensor, batch: Batch) -> Tensor:
         """log pi - log pi_ref of every token, 0 where it is not the assistant's own; log pi without a reference."""
-        against = 0.0 if self.reference.kind == "none" else batch.tokens["logprobs_ref"].double()
+        against = 0.0 if self.reference.role == "none" else batch.tokens["logprobs_ref"].double()
         return (logprobs.double() - against) * batch.mask
 
     def log_ratios(self, logprobs: Tensor, batch: Batch) -> Tensor:

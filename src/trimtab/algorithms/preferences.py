@@ -224,8 +224,8 @@ class ORPOConfig(PairConfig):
 
     @model_validator(mode="after")
     def _probabilities(self) -> ORPOConfig:
-        if self.reference.kind != "none":
-            raise ValueError("reference.kind must be none: odds are those of the policy's own probabilities")
+        if self.reference.role != "none":
+            raise ValueError("reference.role must be none: odds are those of the policy's own probabilities")
         return self
 
 
@@ -422,7 +422,7 @@ class AOT(OrderStatistics, PairLoss):
     def of_minibatch(self, h: Tensor, batch: Batch) -> Tensor:
         better, worse = batch.pairs()
         against = torch.zeros_like(h)
-        if self.reference.kind != "none":
+        if self.reference.role != "none":
             against = self.over_tokens(batch.tokens["logprobs_ref"].double() * batch.mask, batch)
         own = h + against
         upper, lower = (x[better] - x[worse] for x in (own, against))
@@ -564,8 +564,8 @@ class Mixture(PreferenceLoss):
         self.data = "pairs" if any(m.data == "pairs" for m in self.members.values()) else "labels"
         self.needs_own = any(m.needs_own for m in self.members.values())
         self.needs_mismatched = any(m.needs_mismatched for m in self.members.values())
-        if all(m.reference.kind == "none" for m in self.members.values()):
-            self.reference = ReferenceConfig(kind="none")
+        if all(m.reference.role == "none" for m in self.members.values()):
+            self.reference = ReferenceConfig(role="none")
 
     def prepare(self, batch: Batch, mismatched: Batch | None = None, *, training: bool = True) -> Batch:
         for member in self.members.values():
@@ -595,11 +595,11 @@ def _member(name: str, mixture: MixtureConfig) -> PreferenceLoss:
     """A member with its own settings; what follows the reference follows that of the mixture."""
     kind = NLL if name == "nll" else PREFERENCES[name].load()
     config = validate(kind.Config, mixture.settings.get(name, {}), source=f"algorithm.settings.{name}")
-    if config.reference.kind in ("synced", "ema"):
+    if config.reference.role in ("synced", "ema"):
         raise ConfigError(
             f"{name} moves the reference", where="algorithm.members", fix="take dpo instead, and set algorithm.reference of the mixture"
         )
-    if config.reference.kind == "start":
+    if config.reference.role == "frozen":
         config = config.model_copy(update={"reference": mixture.reference})
     member: PreferenceLoss = kind(config, name)
     return member

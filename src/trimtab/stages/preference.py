@@ -80,14 +80,14 @@ class PreferenceLearning:
     ) -> None:
         self.config, self.model, self.budget = config, model, config.fit.micro_batch_tokens
         self.algorithm = PREFERENCES[name].load()(config.algorithm, name)
-        self.moving = MovingReference(model) if self.algorithm.reference.kind in ("synced", "ema") else None
+        self.moving = MovingReference(model) if self.algorithm.reference.role in ("synced", "ema") else None
         kept, held = (usable(part, self.algorithm.data) for part in (records, holdout))
         if len(kept) < len(records):
             tracker.event("left out", comparisons=len(records) - len(kept), reason="nothing in them is better than something else")
         check_enough(kept, self.algorithm.data, name)
         start, threshold = time.perf_counter(), mean_rating(kept)
         self.data, self.held_out = (self._judged(part, kept, threshold) for part in (kept, held))
-        if self.algorithm.reference.kind == "start":
+        if self.algorithm.reference.role == "frozen":
             tracker.event("reference", seconds=time.perf_counter() - start)
 
     def fit(self, run: Path, tracker: Tracker) -> dict[str, float]:
@@ -101,8 +101,8 @@ class PreferenceLearning:
     def prepare(self, batch: Batch, step: int) -> Batch:
         """Before an update: move the reference if it is time, and let the loss see the minibatch whole."""
         reference = self.algorithm.reference
-        if self.moving is not None and step and step % reference.every == 0:
-            self.moving.move(reference.decay if reference.kind == "ema" else 0.0)
+        if self.moving is not None and step and (reference.role == "ema" or step % reference.every == 0):
+            self.moving.move(reference.decay if reference.role == "ema" else 0.0)
         return self._ready(Judged(batch, self.data.mismatched), training=True)
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class PreferenceLearning:
             mixed = mismatch([c.group for c in comparisons], [c.group for c in others])
             check_lengths(mixed, self.model.context, "a prompt with the response to another")
             mismatched = Batch(tuple(mixed))
-        if self.algorithm.reference.kind == "start":
+        if self.algorithm.reference.role == "frozen":
             batch = batch.with_tokens(logprobs_ref=self._look(batch))
             mismatched = mismatched and mismatched.with_tokens(logprobs_ref=self._look(mismatched))
         return Judged(batch, mismatched)
