@@ -201,6 +201,12 @@ def test_a_reference_is_looked_at_only_where_there_is_one(name: str, folder: Pat
     assert len(looked) == once + 2 * per_step
 
 
+def test_the_table_of_losses_in_the_documentation_is_the_registry() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "stages.md").read_text()
+    table = text.partition("| name | minimises")[2].partition("\n\n")[0]
+    assert [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")] == EVERY
+
+
 def test_reference_free_losses_are_these(folder: Path) -> None:
     roles = {name: PREFERENCES[name].load().Config().reference.role for name in EVERY}
     assert {name for name, role in roles.items() if role == "none"} == {"orpo", "simpo", "cpo"}

@@ -111,7 +111,8 @@ class PreferenceLearning:
         if not self.held_out.batch.groups:
             return {}
         batch = self._ready(self.held_out, training=False)
-        batch = batch.with_tokens(logprobs_now=self._look(batch))
+        if "logprobs_now" not in batch.tokens:
+            batch = batch.with_tokens(logprobs_now=self._look(batch))
         counts, loss, margin, right = Counts.of(batch), 0.0, 0.0, []
         for piece in batch.micro_batches(self.budget):
             part = self.algorithm.loss(Outputs(piece.tokens["logprobs_now"]), piece, counts)
