@@ -169,7 +169,7 @@ def test_masked_log_probabilities_get_no_gradient_and_have_no_say(name: str) -> 
 def test_a_few_steps_lower_the_loss_and_raise_the_accuracy(name: str, data: str, folder: Path, tmp_path: Path) -> None:
     records = comparisons() if data == "pairs" else labelled()
     unseen = [replace(c, group=replace(c.group, prompt=replace(c.group.prompt, tokens=(1, *encode("seven?"))))) for c in records]
-    _, tracker, _ = learn(name, folder, tmp_path / "run", records, "fit.steps=20", "optim.lr=1e-2", holdout=unseen)
+    _, tracker, _ = learn(name, folder, tmp_path / "run", records, "fit.steps=16", "optim.lr=1e-2", holdout=unseen)
     first, last = tracker.metrics[0], tracker.metrics[-1]
     assert last[f"loss/{name}"] < first[f"loss/{name}"]
     assert last["train/accuracy"] > (0.9 if data == "pairs" else 0.7)  # KTO's sigmoids are soon flat
@@ -321,6 +321,19 @@ def test_optimal_transport_has_the_gradient_of_the_whole_minibatch_in_every_micr
             found.append((loss.value.detach(), part.grad))
         assert float(torch.stack([v for v, _ in found]).sum()) == pytest.approx(value.item())
         assert torch.allclose(torch.cat([g for _, g in found]), expected, atol=1e-12)
+
+
+def test_a_mixture_is_the_weighted_sum_and_reports_its_first_loss(folder: Path, tmp_path: Path) -> None:
+    members = "algorithm.members={nll: 0.5, ipo: 2, kto: 1}"
+    _, tracker, _ = learn(
+        "mixture", folder, tmp_path / "run", comparisons(), "fit.steps=2", members, "algorithm.settings={ipo: {tau: 0.3}}"
+    )
+    row = tracker.metrics[-1]
+    assert row["loss/mixture"] == pytest.approx(0.5 * row["loss/nll"] + 2 * row["loss/ipo"] + row["loss/kto"])
+    assert {"train/accuracy", "reward/chosen", "reward/rejected"} < row.keys()
+    assert not {"reward/desirable", "reward/baseline"} & row.keys()
+    _, alone, _ = learn("ipo", folder, tmp_path / "run", comparisons(), "fit.steps=2", "algorithm.tau=0.3")
+    assert tracker.metrics[0]["loss/ipo"] == pytest.approx(alone.metrics[0]["loss/ipo"])
 
 
 def test_length_desensitised_counts_the_tail_less(folder: Path) -> None:

@@ -528,7 +528,7 @@ class MixtureConfig(Config):
 
     members: dict[str, float] = Field(
         default_factory=lambda: {"dpo": 0.8, "bco_pair": 0.2, "nll": 1.0},
-        description="weight of each loss; nll is the likelihood of the chosen response; metrics are those of the first",
+        description="weight of each loss; nll is the likelihood of the chosen response; metrics are those of the first other loss",
     )
     settings: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="settings of the members, for example {dpo: {beta: 0.2}}; the others have their defaults"
@@ -561,6 +561,7 @@ class Mixture(PreferenceLoss):
     def __init__(self, config: MixtureConfig, name: str) -> None:
         super().__init__(config, name)
         self.members = {member: _member(member, config) for member in config.members}
+        self.lead = next((member for member in self.members if member != "nll"), "nll")
         self.data = "pairs" if any(m.data == "pairs" for m in self.members.values()) else "labels"
         self.needs_own = any(m.needs_own for m in self.members.values())
         self.needs_mismatched = any(m.needs_mismatched for m in self.members.values())
@@ -575,13 +576,11 @@ class Mixture(PreferenceLoss):
     def loss(self, outputs: Outputs, batch: Batch, counts: Counts) -> Loss:
         parts = {name: member.loss(outputs, batch, counts) for name, member in self.members.items()}
         value = torch.stack([self.config.members[name] * part.value for name, part in parts.items()]).sum()
-        means: dict[str, Tensor] = {f"loss/{self.name}": value}
-        for part in reversed(parts.values()):
-            means |= part.means
-        return Loss(value, means)
+        means = {key: x for part in parts.values() for key, x in part.means.items() if key.startswith("loss/")}
+        return Loss(value, {**means, **parts[self.lead].means, f"loss/{self.name}": value})
 
     def correct(self, logprobs: Tensor, batch: Batch) -> Tensor:
-        return next(iter(self.members.values())).correct(logprobs, batch)
+        return self.members[self.lead].correct(logprobs, batch)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: member.state_dict() for name, member in self.members.items()}
