@@ -17,7 +17,7 @@ LAYERS = [
 SIBLINGS = {
     "algorithms": {"base", "group", "preference_base"},
     "engines": {"sampling"},
-    "rewards": set(),
+    "rewards": {"numerals", "sandbox"},
     "stages": {"common", "actor_critic", "policy_metrics", "sample"},
 }
 """Folders whose files do not import each other, and the files there that are made to be shared."""

@@ -39,6 +39,11 @@ COMMANDS = {
         name: Command(entry.what, "trimtab.stages.preference:preference_config", "trimtab.stages.preference:preference", named=True)
         for name, entry in PREFERENCES.items()
     },
+    "rejection": Command(
+        "fine-tune on the best of n own responses, in rounds",
+        "trimtab.stages.rejection:RejectionConfig",
+        "trimtab.stages.rejection:rejection",
+    ),
     "evaluate": Command(
         "held-out reward, KL and win rate against another model",
         "trimtab.stages.evaluate:EvaluateConfig",
@@ -51,6 +56,9 @@ COMMANDS = {
         "action",
     ),
     "sample": Command("sample responses, or keep the best of n", "trimtab.stages.sample:SampleConfig", "trimtab.cli:_sample", "action"),
+    "judge": Command(
+        "compare samples with a language model as the judge", "trimtab.stages.judge:JudgeConfig", "trimtab.stages.judge:judge", "action"
+    ),
     "annotate": Command(
         "compare samples with the simulated annotator", "trimtab.demo.annotate:AnnotateConfig", "trimtab.demo.annotate:annotate", "action"
     ),

@@ -17,13 +17,14 @@ import tiny
 from trimtab.runs.directory import RunDirectory
 
 
-@pytest.mark.parametrize("stage", ["ppo", "sft"])
+@pytest.mark.parametrize("stage", ["ppo", "sft", "rejection"])
 def test_ctrl_c_leaves_a_usable_run(stage: str, tmp_path: Path) -> None:
     tiny.folder(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "abc", "completion": "def"}) + "\n")
     (tmp_path / "reward.py").write_text("def f(p, r, row): return float(len(r))\n")
     own = {
         "ppo": ["reward.function=reward.py:f", "sampling.max_tokens=8", "steps=100000", "prompts_per_step=1"],
+        "rejection": ["reward.function=reward.py:f", "sampling.max_tokens=8", "rounds=100000"],
         "sft": ["fit.steps=100000", "fit.batch_size=1"],
     }
     words = [stage, f"model.path={tmp_path / 'model'}", "data.path=data.jsonl", "output=run", *own[stage]]

@@ -175,22 +175,23 @@ def _block(spans: list[Span], device: torch.device | str) -> Block:
     P = max(length for _, length, _ in spans)
     S = max(len(answers) for _, _, answers in spans)
     R = max((n for _, _, answers in spans for _, n in answers), default=0)
-    prompts = torch.zeros(g, P, dtype=torch.long)
-    responses = torch.zeros(g, S, R, dtype=torch.long)
-    real_prompt = torch.zeros(g, P, dtype=torch.bool)
-    real_response = torch.zeros(g, S, R, dtype=torch.bool)
-    for i, (start, length, answers) in enumerate(spans):
-        prompts[i, :length] = torch.arange(start, start + length)
-        real_prompt[i, :length] = True
-        for s, (first, n) in enumerate(answers):
-            responses[i, s, :n] = torch.arange(first, first + n)
-            real_response[i, s, :n] = True
+    prompts = torch.tensor([_row(start, length, P) for start, length, _ in spans])
+    missing = [(0, 0)]
+    responses = torch.tensor([[_row(*answer, R) for answer in [*answers, *missing * (S - len(answers))]] for _, _, answers in spans])
+    responses = responses.view(g, S, R)
 
-    def cells(rows: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        return real.flatten().nonzero()[:, 0].to(device), rows[real].to(device)
+    def cells(rows: Tensor) -> tuple[Tensor, Tensor]:
+        real = rows.flatten() >= 0
+        return real.nonzero()[:, 0].to(device), rows.flatten()[real].to(device)
 
     lengths = torch.tensor([length for _, length, _ in spans], device=device)
-    return Block(prompts.to(device), lengths, responses.to(device), cells(prompts, real_prompt), cells(responses, real_response))
+    rows = (prompts.clamp(min=0).to(device), responses.clamp(min=0).to(device))
+    return Block(rows[0], lengths, rows[1], cells(prompts), cells(responses))
+
+
+def _row(first: int, count: int, width: int) -> list[int]:
+    """`count` places from `first` on, and -1 for padding."""
+    return [*range(first, first + count), *[-1] * (width - count)]
 
 
 def attend_block(

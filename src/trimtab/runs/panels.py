@@ -38,6 +38,9 @@ PANELS = (
     _one("reward/shaped", "Reward after shaping", "mean over responses"),
     _two("Implicit reward", "β log π/π_ref", "reward", "chosen", "rejected"),
     _two("Implicit reward by label", "β log π/π_ref", "reward", "baseline", "undesirable", "desirable"),
+    Panel("Kept", "share", (("selection/kept", "responses"), ("selection/prompts", "prompts with one"))),
+    _one("selection/reward", "Reward of what was kept", "mean over responses"),
+    _one("selection/length", "Length of what was kept", "tokens"),
     _one("kl/mean", "KL per response", "nats"),
     _one("kl/per_token", "KL per token", "nats"),
     _one("kl/beta", "Weight of the KL, β"),
@@ -73,6 +76,7 @@ PANELS = (
 
 SECTIONS = {
     "Reward": ("reward",),
+    "What was kept": ("selection",),
     "KL to the reference": ("kl",),
     "Loss": ("loss",),
     "On the training data": ("train",),

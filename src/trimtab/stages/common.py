@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.batch import Batch, Counts
+from trimtab.batch import Batch, Counts, Loss, LossFunction, Outputs
 from trimtab.config import Config
 from trimtab.errors import DataError
-from trimtab.maths.reductions import mean_over_pairs
+from trimtab.maths.reductions import Aggregation, aggregate, mean_over_pairs
 from trimtab.protocols import Tracker
 from trimtab.types import Comparison, Group, Prompt, Response
 
@@ -54,6 +54,19 @@ def check_lengths(groups: list[Group], context: int, what: str) -> None:
             where="data",
             fix="set data.max_prompt_tokens and data.max_response_tokens, with data.on_long=skip or truncate",
         )
+
+
+def nll_loss(aggregation: Aggregation) -> LossFunction:
+    """-sum_t log pi(y_t | x, y_<t) over the assistant's own tokens: the loss of supervised fine-tuning."""
+
+    def loss(outputs: Outputs, batch: Batch, counts: Counts) -> Loss:
+        assert outputs.logprobs is not None
+        sizes = {"tokens": counts.tokens, "responses": counts.responses}
+        value = aggregate(-outputs.logprobs, batch.mask, batch.response_of_token, aggregation, **sizes)
+        nll = -(outputs.logprobs * batch.mask).sum() / counts.tokens
+        return Loss(value, {"loss/nll": nll})
+
+    return loss
 
 
 def comparison_batch(comparisons: Sequence[Comparison]) -> Batch:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trimtab import rewards, seeds
 from trimtab.batch import Batch, Outputs, observe
 from trimtab.data.records import DataConfig, load_prompts
 from trimtab.engines.local import EngineConfig, LocalEngine
 from trimtab.engines.sampling import SamplingConfig
+from trimtab.maths.best_of_n import kl_estimate
 from trimtab.maths.statistics import distinct_n, mean_interval, paired_bootstrap, win_rate
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
@@ -41,12 +41,19 @@ class EvaluateConfig(StageConfig):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     best_of: int = Field(1, gt=0, description="take the best of this many responses by the reward (1: just one response)")
 
+    @model_validator(mode="after")
+    def _draws_differ(self) -> EvaluateConfig:
+        if self.best_of > 1 and self.sampling.temperature == 0:
+            raise ValueError("best_of needs sampling.temperature above 0: greedy responses are all the same")
+        return self
+
 
 @dataclass(frozen=True)
 class Measured:
     """One model's answers to the held-out prompts, one each, and what is known of them.
 
-    scores: by reward name, one per prompt.  kl: per response, in nats (k1: log pi - log pi_ref of the response).
+    scores: by reward name, one per prompt.  kl: per response, in nats (k1: log pi - log pi_ref of the response; see `measure`
+    for best-of-n).
     perplexity: exp of the mean negative log-probability per token under the reference.
     """
 
@@ -71,7 +78,8 @@ def measure(
 ) -> Measured:
     """Answer every prompt once (or with the best of n by `selector`) and measure.
 
-    The KL of best-of-n is not that of its log-probabilities; the bound log n - (n - 1) / n stands in (Beirami et al. 2024).
+    KL(pi_n || pi_ref) = KL(pi_n || pi) + E_{pi_n}[log pi - log pi_ref]. The second term is measured; the first is the estimate
+    of Beirami et al. 2024 (`maths.best_of_n.kl_estimate`), which errs upwards, to log n - (n - 1) / n at most.
     """
     groups = LocalEngine(model, sampling, EngineConfig(rows=rows)).generate(prompts, n, seed=seeds.derive(seed, "evaluate"))
     if n > 1:
@@ -82,9 +90,11 @@ def measure(
     ref = observe(batch, lambda b: reference(b, temperature=temperature), token_budget=TOKEN_BUDGET).logprobs
     assert own is not None
     assert ref is not None
-    kl = [math.log(n) - (n - 1) / n] * len(groups) if n > 1 else batch.sum_by_response(own - ref).tolist()
+    kl = batch.sum_by_response(own - ref).double()
+    if n > 1:
+        kl += kl_estimate(batch.sum_by_response(own), n)
     scores = {judge.name: [row[0].total for row in judge.score(groups)] for judge in judges}
-    return Measured(groups, scores, kl, float(torch.exp(-ref.mean())), distinct_n([g.responses[0].text for g in groups], 2))
+    return Measured(groups, scores, kl.tolist(), float(torch.exp(-ref.mean())), distinct_n([g.responses[0].text for g in groups], 2))
 
 
 def against(measured: Measured, start: Measured, judge: str, seed: int = 0) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 from trimtab.protocols import Reward
 from trimtab.rewards import RewardConfig
-from trimtab.types import Group
+from trimtab.types import Group, Score
 
 
 class SampleConfig(Config):
@@ -58,5 +59,21 @@ def sample(config: SampleConfig) -> list[Group]:
 
 def best_of(groups: Sequence[Group], reward: Reward) -> list[Group]:
     """Each group with only its highest-scoring response (the first of several equal ones)."""
-    scores = reward.score(groups)
-    return [g.only([max(range(len(row)), key=lambda i: row[i].total)]) for g, row in zip(groups, scores, strict=True)]
+    return [group.only(kept) for group, kept in zip(groups, select(groups, reward.score(groups)), strict=True)]
+
+
+def select(groups: Sequence[Group], scores: Sequence[Sequence[Score]], keep: int = 1, threshold: float | None = None) -> list[list[int]]:
+    """Of every group, the indices of its `keep` highest-scoring different responses, best first, the earlier of equal ones first.
+
+    threshold: responses that score less are never kept; a group may then have none.
+    """
+    least = -math.inf if threshold is None else threshold
+    return [
+        [i for i in _different(group, row) if row[i].total >= least][:keep] for group, row in zip(groups, scores, strict=True)
+    ]  # fmt: skip
+
+
+def _different(group: Group, row: Sequence[Score]) -> list[int]:
+    """Indices by falling score; of responses with the same tokens only the first."""
+    first = {response.tokens: i for i, response in reversed(list(enumerate(group.responses)))}
+    return sorted(first.values(), key=lambda i: (-row[i].total, i))

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from trimtab.batch import Batch, Counts, Loss, Outputs, observe
+from trimtab.batch import Batch, observe
 from trimtab.data.records import DataConfig, load_demonstrations
-from trimtab.maths.reductions import Aggregation, aggregate
+from trimtab.maths.reductions import Aggregation
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 from trimtab.protocols import Tracker
-from trimtab.stages.common import StageConfig, check_lengths, save_checkpoint
+from trimtab.stages.common import StageConfig, check_lengths, nll_loss, save_checkpoint
 from trimtab.training.fit import FitConfig, Hooks, fit
 from trimtab.training.optimiser import OptimConfig, Optimiser
 
@@ -40,13 +40,6 @@ def sft(config: SFTConfig, run: Path, tracker: Tracker) -> dict[str, float]:
     check_lengths([*demonstrations.records, *demonstrations.holdout], model.context, "a demonstration")
     data, held_out = Batch(tuple(demonstrations.records)), Batch(tuple(demonstrations.holdout))
 
-    def loss(outputs: Outputs, batch: Batch, counts: Counts) -> Loss:
-        assert outputs.logprobs is not None
-        sizes = {"tokens": counts.tokens, "responses": counts.responses}
-        value = aggregate(-outputs.logprobs, batch.mask, batch.response_of_token, config.aggregation, **sizes)
-        nll = -(outputs.logprobs * batch.mask).sum() / counts.tokens
-        return Loss(value, {"loss/nll": nll})
-
     def evaluate() -> dict[str, float]:
         if not held_out.groups:
             return {}
@@ -57,4 +50,4 @@ def sft(config: SFTConfig, run: Path, tracker: Tracker) -> dict[str, float]:
 
     hooks = Hooks(evaluate, lambda step: save_checkpoint(run, step, tracker, model=model))
     optimiser = Optimiser(model.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
-    return fit(data, model.forward, loss, [optimiser], config.fit, tracker, hooks, seed=config.seed)
+    return fit(data, model.forward, nll_loss(config.aggregation), [optimiser], config.fit, tracker, hooks, seed=config.seed)
