@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import __version__
-from trimtab.algorithms import ALGORITHMS
+from trimtab.algorithms import ALGORITHMS, PREFERENCES
 from trimtab.errors import ConfigError, TrimtabError
 
 
@@ -35,7 +35,10 @@ COMMANDS = {
         name: Command(entry.what, "trimtab.stages.policy:policy_config", "trimtab.stages.policy:policy", named=True)
         for name, entry in ALGORITHMS.items()
     },
-    "dpo": Command("learn from preferences directly", "trimtab.stages.preference:DPOConfig", "trimtab.stages.preference:preference"),
+    **{
+        name: Command(entry.what, "trimtab.stages.preference:preference_config", "trimtab.stages.preference:preference", named=True)
+        for name, entry in PREFERENCES.items()
+    },
     "rejection": Command(
         "fine-tune on the best of n own responses, in rounds",
         "trimtab.stages.rejection:RejectionConfig",
@@ -50,6 +53,12 @@ COMMANDS = {
         "where a reward model is right, how sure it is, and whether length decides",
         "trimtab.stages.audit:AuditConfig",
         "trimtab.cli:_audit",
+        "action",
+    ),
+    "implicit-reward": Command(
+        "the reward a policy is optimal for, read from the policy",
+        "trimtab.stages.implicit:ImplicitConfig",
+        "trimtab.stages.implicit:implicit_reward",
         "action",
     ),
     "sample": Command("sample responses, or keep the best of n", "trimtab.stages.sample:SampleConfig", "trimtab.cli:_sample", "action"),

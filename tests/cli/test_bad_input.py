@@ -38,8 +38,18 @@ CASES: dict[str, tuple[str, bytes, str, list[str], str]] = {
     "chosen equals rejected": ("reward", lines(GOOD_PAIR, {"prompt": "a", "chosen": "x", "rejected": "x"}), "", [], "data.jsonl:2"),
     "unknown setting": ("dpo", lines(GOOD_PAIR), "", ["optim.learning_rate=1"], "unknown setting 'optim.learning_rate'"),
     "wrong kind of value": ("dpo", lines(GOOD_PAIR), "", ["fit.batch_size=many"], "'fit.batch_size'"),
-    "negative beta": ("dpo", lines(GOOD_PAIR), "", ["beta=-0.1"], "'beta' should be greater than 0"),
+    "negative beta": ("dpo", lines(GOOD_PAIR), "", ["algorithm.beta=-0.1"], "'algorithm.beta' should be greater than 0"),
     "group size 0": ("ppo", PROMPT, "def f(p, r, row): return 0.0", ["responses_per_prompt=0"], "'responses_per_prompt'"),
+    "setting of another loss": ("simpo", lines(GOOD_PAIR), "", ["algorithm.tau=1"], "unknown setting 'algorithm.tau'"),
+    "pairs wanted, labels given": ("dpo", lines({"prompt": "a", "completion": "b", "label": True}), "", [], "use kto, bco or aot_unpaired"),
+    "labels of one kind": ("kto", lines({"prompt": "a", "completion": "b", "label": True}), "", [], "all are desirable"),
+    "one prompt and mismatched pairs": ("kto", lines(GOOD_PAIR), "", [], "give at least two prompts"),
+    "unknown member of a mixture": ("mixture", lines(GOOD_PAIR), "", ["algorithm.members={dop: 1}"], "unknown loss 'dop'"),
+    "member that moves the reference": ("mixture", lines(GOOD_PAIR), "", ["algorithm.members={tr_dpo: 1}"], "moves the reference"),
+    "bad setting of a member": (
+        "mixture", lines(GOOD_PAIR), "", ["algorithm.settings={dpo: {beta: 0}}"], "algorithm.settings.dpo: setting 'beta'"
+    ),
+    "a reference for odds": ("orpo", lines(GOOD_PAIR), "", ["algorithm.reference.role=frozen"], "reference.role must be none"),
     "missing model folder": ("dpo", lines(GOOD_PAIR), "", ["model.path=./no_model"], "no such model folder"),
     "folder without a model": ("dpo", lines(GOOD_PAIR), "", ["model.path=."], "config.json"),
     "no GPU": ("dpo", lines(GOOD_PAIR), "", ["model.device=cuda:7"], "no usable GPU"),
@@ -55,6 +65,7 @@ CASES: dict[str, tuple[str, bytes, str, list[str], str]] = {
     "unknown tracker": ("dpo", lines(GOOD_PAIR), "", ["trackers=[wandbb]"], "did you mean 'wandb'"),
     "no prompt at all": ("sample", b"", "", ["prompt=null"], "set either prompt or data.path"),
     "best of n without a reward folder": ("sample", b"", "", ["prompt=a", "n=2", "reward.model=./no_rm"], "no such model folder"),
+    "partition without a reward": ("implicit-reward", lines(GOOD_PAIR), "", ["reward=null", "samples=4"], "samples need a reward"),
     "unknown command": ("pppo", b"", "", [], "did you mean 'ppo'"),
     "unknown option": ("dpo", lines(GOOD_PAIR), "", ["--force"], "unknown option '--force'"),
 }  # fmt: skip

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.maths.kl import k1, penalised_rewards
-from trimtab.maths.optimum import implicit_rewards, kl_divergence, log_partition, objective, optimal_logprobs
+from trimtab.maths.optimum import estimate_log_partition, implicit_rewards, kl_divergence, log_partition, objective, optimal_logprobs
 from trimtab.maths.policy_losses import ppo_clip
 
 
@@ -63,6 +63,26 @@ def test_implicit_reward_of_the_optimum_is_the_reward_up_to_a_constant() -> None
     assert torch.allclose(shift, (0.4 * log_partition(rewards, ref, 0.4)).expand_as(shift), atol=1e-12)
     lower = policy < ref
     assert (implicit_rewards(policy, ref, 0.4)[lower] < 0).all()
+
+
+def test_partition_from_samples_is_the_exact_one_within_its_stated_error() -> None:
+    rewards, ref, _ = problem(4)
+    exact, generator = float(log_partition(rewards, ref, 0.7)), torch.Generator().manual_seed(0)
+    scores = []
+    for _ in range(300):
+        drawn = torch.multinomial(ref.exp(), 400, replacement=True, generator=generator)
+        found = estimate_log_partition(rewards[drawn].tolist(), 0.7)
+        scores.append((found.log_z - exact) / found.error)
+    z = torch.tensor(scores)
+    assert abs(float(z.mean())) < 0.25  # log of a mean is a little low
+    assert 0.85 < float(z.std()) < 1.15
+
+
+def test_partition_of_a_constant_reward_is_exact_and_one_sample_is_refused() -> None:
+    found = estimate_log_partition([1.5] * 10, 0.5)
+    assert (found.log_z, found.error, found.effective) == pytest.approx((3.0, 0.0, 10.0))
+    with pytest.raises(ValueError, match="no standard error"):
+        estimate_log_partition([1.0], 0.5)
 
 
 def test_segment_rewards_sum_to_the_response_reward() -> None:
