@@ -22,7 +22,8 @@ def masked_mean(t: dict[str, Tensor]) -> dict[str, Tensor]:
 def bco(t: dict[str, Tensor], beta: float, steps: int = 1) -> dict[str, Tensor]:
     """BCOTrainer.bco_loss called `steps` times on the same sums of log-probabilities: the running mean moves each time."""
     trainer: Any = object.__new__(BCOTrainer)
-    trainer.accelerator, trainer.beta, trainer.match_underlying_distribution = Accelerator(cpu=True), beta, False
+    trainer.accelerator, trainer.beta = Accelerator(cpu=True), beta
+    trainer.embedding_func = trainer.embedding_tokenizer = None  # no matching of the underlying distributions
     trainer.running = RunningMoments(trainer.accelerator)
     given = (t["chosen"], t["rejected"], t["chosen_ref"], t["rejected_ref"], None, None)
     for _ in range(steps):
