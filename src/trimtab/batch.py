@@ -8,7 +8,7 @@ advantages are columns with different names, so that one is never taken for anot
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -25,6 +25,7 @@ class Outputs:
 
     logprobs: log pi(y_t | x, y_<t) of every response token.
     entropy:  H(pi(. | x, y_<t)) in nats at every response token.
+    full_kl:  KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t)) over the whole vocabulary at every response token.
     values:   V(x, y_<t): the value of the state *before* every response token.
     scores:   r(x, y): one score per response, read at its last token.
     """
@@ -33,6 +34,7 @@ class Outputs:
     entropy: Float[Tensor, " tokens"] | None = None
     values: Float[Tensor, " tokens"] | None = None
     scores: Float[Tensor, " responses"] | None = None
+    full_kl: Float[Tensor, " tokens"] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,14 @@ class Batch:
         value, group = self.responses[column], self.group_of_response
         better, worse = ((group[:, None] == group[None, :]) & (value[:, None] > value[None, :])).nonzero(as_tuple=True)
         return better, worse
+
+    def without_truncated(self) -> Batch:
+        """The same batch in which a response that was cut off has no token of its own: no loss sees it, no count counts it."""
+
+        def masked(group: Group) -> Group:
+            return replace(group, responses=tuple(replace(r, mask=(False,) * len(r.tokens)) if r.truncated else r for r in group.responses))
+
+        return replace(self, groups=tuple(masked(group) for group in self.groups))
 
     def select(self, indices: Sequence[int]) -> Batch:
         """The batch of some groups, in the order given, with its share of every column."""
@@ -179,4 +189,4 @@ def observe(batch: Batch, forward: Callable[[Batch], Outputs], *, token_budget: 
         columns = [getattr(part, name) for part in parts]
         return None if columns[0] is None else torch.cat(columns)
 
-    return Outputs(joined("logprobs"), joined("entropy"), joined("values"), joined("scores"))
+    return Outputs(**{field.name: joined(field.name) for field in fields(Outputs)})

@@ -36,7 +36,21 @@ class Reward(Protocol):
 class Algorithm(Protocol):
     """Assigns credit and says which loss follows from it. Sees numbers only: no model, engine or disk."""
 
+    config: Any
     uses_critic: bool
+    greedy_baseline: bool
+
+    def assign(self, batch: Batch, rewards: Tensor, values: Tensor | None) -> Tensor:
+        """Unnormalised advantages of every token; linear in rewards and values."""
+        ...
+
+    def scale(self, batch: Batch, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """What is subtracted from them, and what they are then divided by."""
+        ...
+
+    def rewards(self, batch: Batch) -> Tensor:
+        """Score and penalty of every token; their sum over a response is its return."""
+        ...
 
     def credit(self, batch: Batch) -> Batch:
         """From rewards, log-probabilities and values to the token columns the losses need (advantages, returns)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimtab.maths.policy_losses import policy_gradient, ppo_clip
+from trimtab.maths.policy_losses import importance_weighted, ppo_clip
 
 # (advantage, ratio) -> (objective, derivative with respect to the ratio), clip 0.2
 TABLE = [
@@ -44,7 +44,7 @@ def test_at_the_sampling_policy_the_gradient_is_the_policy_gradient() -> None:
     logits = torch.randn(5, 7, dtype=torch.float64, generator=torch.manual_seed(0))
     actions, advantages = torch.tensor([0, 3, 6, 2, 2]), torch.randn(5, dtype=torch.float64, generator=torch.manual_seed(1))
     grads = []
-    for surrogate in (lambda p: ppo_clip(p, p.detach(), advantages, 0.2)[0], lambda p: policy_gradient(p, advantages)):
+    for surrogate in (lambda p: ppo_clip(p, p.detach(), advantages, 0.2)[0], lambda p: importance_weighted(p, p.detach(), advantages)):
         leaf = logits.clone().requires_grad_()
         logprobs = torch.log_softmax(leaf, -1).gather(1, actions[:, None])[:, 0]
         surrogate(logprobs).sum().backward()

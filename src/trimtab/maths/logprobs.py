@@ -139,9 +139,14 @@ class _TokenLogprobs(torch.autograd.Function):
         )
 
 
+def rows_per_part(hidden: Tensor, weight: Tensor) -> int:
+    """How many rows of logits fit in PART_BYTES in the model's precision."""
+    return max(1, PART_BYTES // (len(weight) * hidden.element_size()))
+
+
 def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Rows whose logits are made by one matrix product."""
-    size = max(1, PART_BYTES // (len(weight) * hidden.element_size()))
+    size = rows_per_part(hidden, weight)
     return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
 
 

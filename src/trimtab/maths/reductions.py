@@ -33,7 +33,7 @@ def aggregate(
     """
     kept = terms * mask  # a masked term is finite by construction: it is exactly zero times a finite number
     if how == "token":
-        return kept.sum() / tokens
+        return kept.sum() / max(1, tokens)
     if how == "fixed-length":
         return kept.sum() / (responses * length)
     count = torch.zeros(int(response_of_token[-1]) + 1, dtype=terms.dtype).index_add(0, response_of_token, mask.to(terms.dtype))

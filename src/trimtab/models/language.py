@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trimtab.batch import Batch, Outputs
 from trimtab.data.templates import Mode, Template
 from trimtab.errors import ModelError
+from trimtab.maths.full_kl import full_kl
 from trimtab.maths.logprobs import Head, token_logprobs
 from trimtab.models import loading
 from trimtab.models.base import PackedModel
@@ -70,20 +71,26 @@ class LanguageModel(PackedModel):
         nn.init.zeros_(self.value_head.bias)
         return self.value_head
 
-    def forward(self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Outputs:
-        """Log-probabilities of every response token; entropies if asked; values if there is a value head."""
-        states, targets = self._predictors(batch)
+    def forward(
+        self, batch: Batch, *, temperature: float = 1.0, entropy: bool = False, reference: tuple[Tensor, Head] | None = None
+    ) -> Outputs:
+        """Log-probabilities of every response token; entropies if asked; values if there is a value head.
+
+        reference: another policy's predicting states and head; then the full KL to it at every prefix comes along.
+        """
+        states, targets = self.predictors(batch)
         logprobs, entropies = token_logprobs(states, self.head, targets, temperature=temperature, entropy=entropy)
         values = None if self.value_head is None else self._read_values(states)
-        return Outputs(logprobs.cpu(), None if entropies is None else entropies.cpu(), values)
+        full = None if reference is None else full_kl(states, self.head, *reference, temperature).cpu()
+        return Outputs(logprobs.cpu(), None if entropies is None else entropies.cpu(), values, full_kl=full)
 
     def values(self, batch: Batch) -> Outputs:
         """Values alone, whose gradient stays in the value head."""
         with torch.no_grad():
-            states, _ = self._predictors(batch)
+            states, _ = self.predictors(batch)
         return Outputs(values=self._read_values(states))
 
-    def _predictors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def predictors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The hidden state that predicts each response token, and the tokens."""
         layout = Layout.of(batch.groups, keep_last=False, device=self.device)
         return self.hidden(layout.input_ids, layout.position_ids, layout).index_select(0, layout.predictor), layout.targets

@@ -13,6 +13,7 @@ from pydantic import Field
 from trimtab.batch import Batch, Counts, Loss, Outputs, observe
 from trimtab.config import Config
 from trimtab.models.language import LanguageModel
+from trimtab.models.reference import Reference
 from trimtab.models.scorer import Scorer
 from trimtab.protocols import Algorithm
 from trimtab.stages.common import Saveable
@@ -55,11 +56,14 @@ class ActorCritic(Protocol):
 
 @dataclass(frozen=True)
 class Passes:
-    """How forward passes are made: the policy's temperature, packed tokens at once, and whether the loss needs entropies."""
+    """How forward passes are made: the policy's temperature, packed tokens at once, whether the loss needs entropies, and
+
+    the reference when it needs the full KL to it at every prefix."""
 
     temperature: float
     token_budget: int
     entropy: bool
+    full_kl_to: Reference | None = None
 
 
 class PolicyOnly:
@@ -70,14 +74,14 @@ class PolicyOnly:
         self.optimiser = Optimiser(policy.trainable(), optim, steps)
 
     def forward(self, batch: Batch) -> Outputs:
-        return self.policy.forward(batch, temperature=self.passes.temperature, entropy=self.passes.entropy)
+        return self._forward(batch, self.passes.entropy)
 
     def look(self, batch: Batch) -> Outputs:
-        return observe(
-            batch,
-            lambda b: self.policy.forward(b, temperature=self.passes.temperature, entropy=True),
-            token_budget=self.passes.token_budget,
-        )
+        return observe(batch, lambda b: self._forward(b, True), token_budget=self.passes.token_budget)
+
+    def _forward(self, batch: Batch, entropy: bool) -> Outputs:
+        reference = self.passes.full_kl_to.predictors(batch) if self.passes.full_kl_to else None
+        return self.policy.forward(batch, temperature=self.passes.temperature, entropy=entropy, reference=reference)
 
     def learn(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
         metrics = update(batch, self.forward, algorithm.policy_loss, [self.optimiser], at=at, token_budget=self.passes.token_budget)

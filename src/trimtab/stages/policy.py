@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from pydantic import Field, create_model, model_validator
 
 from trimtab import rewards, seeds
 from trimtab.algorithms import ALGORITHMS
+from trimtab.algorithms.base import PolicyGradientConfig
 from trimtab.batch import Batch, Outputs, observe
 from trimtab.data.cursor import Cursor
 from trimtab.data.records import DataConfig, load_prompts
@@ -23,7 +24,7 @@ from trimtab.engines.sampling import SamplingConfig
 from trimtab.errors import ConfigError
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
-from trimtab.models.reference import make_reference
+from trimtab.models.reference import Reference, ReferenceConfig
 from trimtab.models.scorer import Scorer
 from trimtab.protocols import Algorithm, Reward, Tracker
 from trimtab.rewards import RewardConfig
@@ -31,7 +32,7 @@ from trimtab.rewards.model import ModelReward
 from trimtab.rewards.shaping import RewardShaping, ShapingConfig
 from trimtab.stages.actor_critic import ActorCritic, CriticConfig, OwnCritic, Passes, PolicyOnly, SharedTrunk
 from trimtab.stages.common import StageConfig, save_checkpoint
-from trimtab.stages.policy_metrics import Clock, describe, merged, sample_rows
+from trimtab.stages.policy_metrics import Clock, Rollout, describe, merged, sample_rows
 from trimtab.training.optimiser import OptimConfig
 from trimtab.types import Group, Score
 
@@ -39,7 +40,13 @@ from trimtab.types import Group, Score
 class PolicyConfig(StageConfig):
     """A recipe of policy learning; `algorithm` holds the settings of the algorithm that the command names."""
 
+    algorithm: PolicyGradientConfig = Field(default_factory=PolicyGradientConfig, description="settings of the algorithm")
     model: ModelConfig = Field(default_factory=ModelConfig, description="the policy; as it is at the start, it is the reference too")
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig, description="what the KL penalty is measured to")
+    roles: Literal["standard", "textbook"] = Field(
+        "standard",
+        description="who samples and is the ratio's denominator: the policy of this step; textbook: the reference, in all three roles",
+    )
     data: DataConfig = Field(description="prompts")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="what scores a response")
     shaping: ShapingConfig = Field(default_factory=ShapingConfig, description="what is done to the scores")
@@ -53,6 +60,16 @@ class PolicyConfig(StageConfig):
     micro_batch_tokens: int = Field(4096, gt=0, description="packed tokens per forward and backward pass: lower needs less memory")
     save_every: int | None = Field(None, gt=0, description="steps between checkpoints (one is always saved at the end)")
     samples_every: int = Field(10, gt=0, description="steps between recorded samples (the first and last step are always recorded)")
+
+    @model_validator(mode="after")
+    def _reference_is_needed(self) -> PolicyConfig:
+        kl, needed = self.algorithm.kl, []
+        needed += ["algorithm.kl.beta=0"] if kl.beta > 0 else []
+        needed += ["algorithm.kl.target=null"] if kl.target is not None else []
+        needed += ["roles=standard"] if self.roles == "textbook" else []
+        if self.reference.role == "none" and needed:
+            raise ValueError(f"reference.role=none leaves nothing to measure KL to: also set {' and '.join(needed)}")
+        return self
 
     @model_validator(mode="after")
     def _sampling_is_the_policy(self) -> PolicyConfig:
@@ -76,22 +93,22 @@ def policy_config(algorithm: str) -> type[PolicyConfig]:
     )
 
 
-def policy(name: str, config: Any, run: Path, tracker: Tracker) -> dict[str, float]:
+def policy(name: str, config: PolicyConfig, run: Path, tracker: Tracker) -> dict[str, float]:
     """Improve a policy against a reward with the algorithm `name`; returns the last step's metrics."""
     learner = PolicyLearning(name, config)
     learner.data_report(tracker)
     tracker.event("training", steps=config.steps, prompts=len(learner.prompts))
     metrics: dict[str, float] = {}
     for step in range(config.steps):
+        last = step + 1 == config.steps
         try:
-            groups, metrics = learner.step(step)
+            rollout, metrics = learner.step(step)
         except KeyboardInterrupt:
             save_checkpoint(run, step, tracker, **learner.actor.saveables())
             raise
-        last = step + 1 == config.steps
         tracker.log(step, metrics)
         if last or step % config.samples_every == 0:
-            tracker.samples(step, groups)
+            tracker.samples(step, sample_rows(rollout))
         if last or (config.save_every and (step + 1) % config.save_every == 0):
             save_checkpoint(run, step + 1, tracker, **learner.actor.saveables())
     return metrics
@@ -100,36 +117,65 @@ def policy(name: str, config: Any, run: Path, tracker: Tracker) -> dict[str, flo
 class PolicyLearning:
     """The parts of a run, put together once, and the step that uses them."""
 
-    def __init__(self, name: str, config: Any) -> None:
+    def __init__(self, name: str, config: PolicyConfig) -> None:
         self.config = config
         model = LanguageModel.load(config.model, template=config.data.template)
         loaded = load_prompts(config.data, model.template)
         self.prompts, self.data_report = loaded.records, loaded.report
-        self.cursor = Cursor(len(self.prompts), min(config.prompts_per_step, len(self.prompts)), config.seed)
-        self.algorithm: Algorithm = ALGORITHMS[name].load()(config.algorithm)
+        settings = config.algorithm
+        if settings.length is None:
+            settings = settings.model_copy(update={"length": config.sampling.max_tokens})
+        self.algorithm: Algorithm = ALGORITHMS[name].load()(settings)
         self.reward = rewards.make(config.reward, device=config.model.device, policy=model.template)
-        self.shaping = RewardShaping(config.shaping)
-        self.reference = make_reference(model, config.model)
-        self.actor = make_actor(model, self.algorithm, self.reward, config)
-        self.engine = LocalEngine(model, config.sampling, config.engine)
+        self.shaping = RewardShaping(config.shaping, config.sampling.max_tokens)
+        textbook = config.roles == "textbook"
+        self.reference = None if config.reference.role == "none" else Reference(model, config.model, config.reference, own_copy=textbook)
+        self.actor = make_actor(model, self.algorithm, self.reward, self.reference, config)
+        sampler = self.reference.model if textbook and self.reference else model
+        self.engine = LocalEngine(sampler, config.sampling, config.engine)
+        greedy = config.sampling.model_copy(update={"temperature": 0.0})
+        self.greedy_engine = LocalEngine(sampler, greedy, config.engine)
 
-    def step(self, step: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """One rollout batch: sample, score, look, assign credit, update. Returns sample rows and metrics."""
+    def step(self, step: int) -> tuple[Rollout, dict[str, float]]:
+        """One rollout batch: sample, score, look, assign credit, update. Returns the rollout and the metrics."""
         config, clock = self.config, Clock()
-        with clock("generate"):
-            prompts = [self.prompts[i] for i in self.cursor.at(step)]
-            groups = self.engine.generate(prompts, config.responses_per_prompt, seed=seeds.derive(config.seed, "generate", step))
-        with clock("reward"):
-            scores = self.reward.score(groups)
+        groups, scores, dropped = self.sample(step, clock)
         with clock("observe"):
             batch = self.look(groups, scores)
+            if self.algorithm.greedy_baseline:
+                batch = batch.with_responses(baseline=self.greedy_returns(groups, batch))
         batch = self.algorithm.credit(batch)
         with clock("update"):
             learned = self.learn(batch, step)
         self.engine.load((), step + 1)
-        metrics = describe(batch, scores) | learned | {"kl/beta": float(self.algorithm.state_dict().get("beta", 0.0))}
-        metrics |= {"progress/epoch": self.cursor.epoch(step + 1), **clock.seconds}
-        return sample_rows(batch, scores), metrics
+        if self.reference is not None:
+            self.reference.follow(step)
+        metrics = describe(batch, scores) | learned | {"kl/beta": float(self.algorithm.state_dict()["beta"])}
+        metrics |= {"rollout/dropped_groups": float(dropped)} if config.algorithm.resample else {}
+        metrics |= {"progress/epoch": self._cursor(0).epoch(step + 1), **clock.seconds}
+        return Rollout(batch, scores), metrics
+
+    def sample(self, step: int, clock: Clock) -> tuple[list[Group], list[list[Score]], int]:
+        """Groups and their scores. With `resample`, groups whose responses all scored alike make room for those of further prompts,
+
+        round by round; what is still missing after the last round is filled with them again. Also: how many were dropped."""
+        config = self.config
+        kept: list[tuple[Group, list[Score]]] = []
+        alike: list[tuple[Group, list[Score]]] = []
+        for attempt in range(config.algorithm.resample + 1):
+            with clock("generate"):
+                prompts = [self.prompts[i] for i in self._cursor(attempt).at(step)]
+                seed = seeds.derive(config.seed, "generate", step, *([attempt] if attempt else []))
+                groups = self.engine.generate(prompts, config.responses_per_prompt, seed=seed)
+            with clock("reward"):
+                scores = self.reward.score(groups)
+            for group, row in zip(groups, scores, strict=True):
+                useful = not config.algorithm.resample or max(s.total for s in row) > min(s.total for s in row)
+                (kept if useful else alike).append((group, row))
+            if len(kept) >= len(prompts):
+                break
+        chosen = (kept + alike)[: len(prompts)]
+        return [group for group, _ in chosen], [row for _, row in chosen], len(alike)
 
     def look(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> Batch:
         """The batch with what policy, reference and critic say of it, and the shaped rewards.
@@ -139,17 +185,26 @@ class PolicyLearning:
         config, batch = self.config, Batch(tuple(groups))
         pieces = batch.minibatches(config.algorithm.minibatches)
         outputs = [self.actor.look(piece) for piece in pieces]
-        references = [
-            observe(piece, lambda b: self.reference(b, temperature=config.sampling.temperature), token_budget=config.micro_batch_tokens)
-            for piece in pieces
-        ]
-        raw = torch.tensor([score.total for row in scores for score in row], dtype=torch.float64)
-        columns = {"logprobs_old": _joined(outputs, "logprobs"), "logprobs_ref": _joined(references, "logprobs")}
-        columns |= {"entropy": _joined(outputs, "entropy")}
+        columns = {"logprobs_old": _joined(outputs, "logprobs"), "entropy": _joined(outputs, "entropy")}
         columns |= {"values_old": _joined(outputs, "values")} if self.algorithm.uses_critic else {}
+        columns |= {"full_kl": _joined(outputs, "full_kl")} if outputs[0].full_kl is not None else {}
+        if self.reference is not None:
+            columns["logprobs_ref"] = _joined([self._refer(piece) for piece in pieces], "logprobs")
+            if config.roles == "textbook":
+                columns["logprobs_old"] = columns["logprobs_ref"]
         sampler = [logprob for g in groups for r in g.responses for logprob in r.logprobs or ()]
         columns |= {"logprobs_sampler": torch.tensor(sampler, dtype=columns["logprobs_old"].dtype)}
-        return batch.with_tokens(**columns).with_responses(score=raw, reward=self.shaping(raw, batch.truncated))
+        raw = torch.tensor([score.total for row in scores for score in row], dtype=torch.float64)
+        shaped = self.shaping(raw, torch.tensor(batch.lengths), batch.truncated)
+        return batch.with_tokens(**columns).with_responses(score=raw, reward=shaped)
+
+    def greedy_returns(self, groups: Sequence[Group], batch: Batch) -> torch.Tensor:
+        """For every response of the batch: the return (reward and penalty) of its prompt's greedy response."""
+        greedy = self.greedy_engine.generate([group.prompt for group in groups], 1, seed=0)
+        state = self.shaping.state_dict()
+        looked = self.look(greedy, self.reward.score(greedy))
+        self.shaping.load_state_dict(state)  # the running statistics are those of the sampled responses
+        return looked.sum_by_response(self.algorithm.rewards(looked))[batch.group_of_response]
 
     def learn(self, batch: Batch, step: int) -> dict[str, float]:
         """E epochs of M minibatches, each one optimiser step; stops early when the policy has moved past `target_kl`."""
@@ -168,11 +223,23 @@ class PolicyLearning:
                 break
         return merged(history)
 
+    def _refer(self, batch: Batch) -> Outputs:
+        assert self.reference is not None
+        forward, temperature = self.reference.forward, self.config.sampling.temperature
+        return observe(batch, lambda b: forward(b, temperature=temperature), token_budget=self.config.micro_batch_tokens)
 
-def make_actor(model: LanguageModel, algorithm: Algorithm, reward: Reward, config: Any) -> ActorCritic:
+    def _cursor(self, attempt: int) -> Cursor:
+        """Which prompts come at a step; further attempts walk through the data in orders of their own."""
+        seed = seeds.derive(self.config.seed, "resample", attempt) if attempt else self.config.seed
+        return Cursor(len(self.prompts), min(self.config.prompts_per_step, len(self.prompts)), seed)
+
+
+def make_actor(
+    model: LanguageModel, algorithm: Algorithm, reward: Reward, reference: Reference | None, config: PolicyConfig
+) -> ActorCritic:
     """Policy and critic in the arrangement the recipe asks for."""
-    entropy = bool(getattr(config.algorithm, "entropy_weight", 0))
-    passes = Passes(config.sampling.temperature, config.micro_batch_tokens, entropy)
+    full_kl_to = reference if config.algorithm.kl.needs_full else None
+    passes = Passes(config.sampling.temperature, config.micro_batch_tokens, config.algorithm.entropy_weight > 0, full_kl_to)
     if not algorithm.uses_critic:
         return PolicyOnly(model, config.optim, config.steps, passes)
     if config.critic.trunk == "shared":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,17 +16,26 @@ from trimtab.stages.common import sample_row
 from trimtab.types import Score
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """What a step saw: the batch with all its columns after credit, and the scores by group."""
+
+    batch: Batch
+    scores: Sequence[Sequence[Score]]
+
+
 class Clock:
     """Seconds spent in the named parts of a step."""
 
     def __init__(self) -> None:
-        self.start, self.parts = time.perf_counter(), {}  # type: ignore[var-annotated]
+        self.start = time.perf_counter()
+        self.parts: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.parts[f"time/{part}"] = time.perf_counter() - start
+        self.parts[f"time/{part}"] = self.parts.get(f"time/{part}", 0.0) + time.perf_counter() - start
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -34,15 +44,15 @@ class Clock:
 
 def describe(batch: Batch, scores: Sequence[Sequence[Score]]) -> dict[str, float]:
     """The metrics of a rollout batch, over real tokens and responses only."""
-    log_ratio = batch.tokens["logprobs_old"] - batch.tokens["logprobs_ref"]
-    per_response = batch.sum_by_response(log_ratio)
     raw, flat = batch.responses["score"], [score for row in scores for score in row]
     metrics = {"reward/mean": raw.mean(), "reward/std": raw.std(correction=0)}
     if not torch.equal(raw, batch.responses["reward"]):
         metrics |= {"reward/shaped": batch.responses["reward"].mean()}
     if len(flat[0].parts) > 1:
         metrics |= {f"reward/{name}": torch.tensor([score.parts[name] for score in flat]).mean() for name in flat[0].parts}
-    metrics |= {"kl/mean": per_response.mean(), "kl/per_token": log_ratio.mean()}
+    if "logprobs_ref" in batch.tokens:
+        log_ratio = batch.tokens["logprobs_old"] - batch.tokens["logprobs_ref"]
+        metrics |= {"kl/mean": batch.sum_by_response(log_ratio).mean(), "kl/per_token": log_ratio.mean()}
     metrics |= {"policy/entropy": batch.tokens["entropy"].mean(), "advantage/std": batch.tokens["advantages"].std(correction=0)}
     metrics |= {"sampler/mismatch": (batch.tokens["logprobs_old"] - batch.tokens["logprobs_sampler"]).abs().mean()}
     if "values_old" in batch.tokens:
@@ -52,11 +62,13 @@ def describe(batch: Batch, scores: Sequence[Sequence[Score]]) -> dict[str, float
     return {name: float(value) for name, value in metrics.items()}
 
 
-def sample_rows(batch: Batch, scores: Sequence[Sequence[Score]]) -> list[dict[str, Any]]:
-    """Responses to read: the first of every prompt, with reward, its parts, and KL."""
-    kl = batch.sum_by_response(batch.tokens["logprobs_old"] - batch.tokens["logprobs_ref"]).tolist()
+def sample_rows(rollout: Rollout) -> list[dict[str, Any]]:
+    """Responses to read: the first of every prompt, with reward, its parts, and KL (0 where there is no reference)."""
+    batch = rollout.batch
+    reference = batch.tokens.get("logprobs_ref", batch.tokens["logprobs_old"])
+    kl = batch.sum_by_response(batch.tokens["logprobs_old"] - reference).tolist()
     rows, index = [], 0
-    for group, row in zip(batch.groups, scores, strict=True):
+    for group, row in zip(batch.groups, rollout.scores, strict=True):
         response, score = group.responses[0], row[0]
         rows.append(sample_row(group.prompt, response, score.total, score.parts, kl[index]))
         index += len(group.responses)
