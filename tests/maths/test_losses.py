@@ -1,4 +1,4 @@
-"""Reward, preference and value losses: closed-form gradients and identities."""
+"""Reward and value losses: closed-form gradients and identities."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.maths.preference_losses import dpo
 from trimtab.maths.reward_losses import bradley_terry, centring
 from trimtab.maths.value_losses import clipped_squared_error, squared_error
 
@@ -35,22 +34,6 @@ def test_centring_pulls_the_sum_to_zero_and_leaves_the_difference() -> None:
     chosen, rejected = leaf(2.0), leaf(1.0)
     centring(chosen, rejected).sum().backward()
     assert float(chosen.grad) == float(rejected.grad) == 6.0
-
-
-@given(number, number, st.floats(0.01, 2), st.floats(0, 0.49))
-def test_dpo_gradient_and_sign_symmetry(a: float, b: float, beta: float, smoothing: float) -> None:
-    chosen, rejected = leaf(a), leaf(b)
-    dpo(chosen, rejected, beta, smoothing).sum().backward()
-    p = 1 / (1 + math.exp(-beta * (a - b)))
-    assert float(chosen.grad) == pytest.approx(beta * (p - (1 - smoothing)), abs=1e-9)
-    assert float(chosen.grad) == pytest.approx(-float(rejected.grad), abs=1e-12)
-    flipped = dpo(rejected.detach(), chosen.detach(), beta, 1 - smoothing)
-    assert flipped.item() == pytest.approx(dpo(chosen, rejected, beta, smoothing).item(), abs=1e-9)
-
-
-def test_dpo_at_the_reference_is_log_two() -> None:
-    zero = torch.zeros(3, dtype=torch.float64)
-    assert dpo(zero, zero, 0.1).tolist() == pytest.approx([math.log(2)] * 3)
 
 
 def test_value_clipping_stops_what_has_moved_far_enough() -> None:
