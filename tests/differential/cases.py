@@ -61,8 +61,3 @@ def rows(batch: Batch, *names: str) -> dict[str, Tensor]:
 
 def counts(batch: Batch) -> Counts:
     return Counts.of(batch)
-
-
-def of_responses(batch: Batch, column: Tensor) -> Tensor:
-    """A response value at each of its tokens."""
-    return column[batch.response_of_token]

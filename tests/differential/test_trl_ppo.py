@@ -47,7 +47,7 @@ def test_token_rewards_agree(trl_0_11: Peer, seed: int) -> None:
     tensors = rows(batch, "logprobs_old", "logprobs_ref")
     given = {"scores": batch.responses["reward"], "logprobs": tensors["logprobs_old"], "logprobs_ref": tensors["logprobs_ref"]}
     theirs = trl_0_11("compute_rewards", {**given, "mask": tensors["mask"]}, kl_coefficient=beta)["rewards"]
-    close(algorithm.penalty.rewards(batch), to_column(theirs, batch.lengths))
+    close(algorithm.rewards(batch), to_column(theirs, batch.lengths))
 
 
 @pytest.mark.parametrize(("estimator", "name"), [(k1, "kl"), (k2, "mse")])

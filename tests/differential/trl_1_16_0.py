@@ -135,7 +135,7 @@ def group_trainer(kind: type, args: Any, model: Given, **attributes: Any) -> Any
     found = {name: getattr(args, name) for name in copied if hasattr(args, name)}
     return bare(
         kind, args, model, epsilon_low=args.epsilon, epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
-        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=getattr(args, "entropy_coef", 0.0) != 0.0, **found, **attributes,
+        _entropy_bonus_enabled=getattr(args, "entropy_coef", 0.0) != 0.0, **found, **attributes,
     )  # fmt: skip
 
 
@@ -150,16 +150,25 @@ def completions(t: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**tokens, **given, "tool_mask": own, "advantages": t["advantages"], "num_items_in_batch": t["mask"].sum()}
 
 
-def group_loss(kind: type, configure: type, t: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
-    args = configure(**COMMON, per_device_train_batch_size=len(t["logprobs"]), num_generations=len(t["logprobs"]), **settings)
-    model = Given(said(t["logprobs"], **({"entropy": t["entropy"]} if "entropy" in t else {})))
-    trainer = group_trainer(kind, args, model)
-    return {"loss": trainer.compute_loss(model, completions(t))}
+def group_loss(kind: type, configure: type, t: dict[str, Tensor], settings: dict[str, Any], micro_batches: int = 1) -> dict[str, Tensor]:
+    """The loss of one optimiser step: responses in `micro_batches` equal parts, whose losses gradient accumulation adds up."""
+    size = len(t["logprobs"]) // micro_batches
+    args = configure(
+        **COMMON, per_device_train_batch_size=size, num_generations=size, gradient_accumulation_steps=micro_batches, **settings
+    )
+    inputs = completions(t)
+    total = inputs.pop("num_items_in_batch")
+    losses = []
+    for part in (slice(start, start + size) for start in range(0, len(t["logprobs"]), size)):
+        model = Given(said(t["logprobs"][part], **({"entropy": t["entropy"][part]} if "entropy" in t else {})))
+        trainer = group_trainer(kind, args, model, current_gradient_accumulation_steps=micro_batches)
+        losses.append(trainer.compute_loss(model, {name: x[part] for name, x in inputs.items()} | {"num_items_in_batch": total}))
+    return {"loss": torch.stack(losses).sum()}
 
 
-def grpo(t: dict[str, Tensor], **settings: Any) -> dict[str, Tensor]:
-    """GRPOTrainer.compute_loss with every response in one micro-batch of one generation batch."""
-    return group_loss(GRPOTrainer, GRPOConfig, t, settings)
+def grpo(t: dict[str, Tensor], micro_batches: int = 1, **settings: Any) -> dict[str, Tensor]:
+    """GRPOTrainer.compute_loss."""
+    return group_loss(GRPOTrainer, GRPOConfig, t, settings, micro_batches)
 
 
 def gmpo(t: dict[str, Tensor], **settings: Any) -> dict[str, Tensor]:
@@ -179,7 +188,7 @@ def scored(kind: type, args: Any, t: dict[str, Tensor], generated: tuple[Any, ..
     """`_generate_and_score_completions` where generation and rewards are given: `rewards` has a column per reward function."""
     names = [f"reward {i}" for i in range(t["rewards"].shape[1])]
     trainer = group_trainer(
-        kind, args, Given(*(said(answer) for answer in answers)), ref_model=None, tools=None, environment_factories=None,
+        kind, args, Given(*(said(answer) for answer in answers)), ref_model=None, tools=None, environments=None, environment_factories=None,
         _tokenizer=SimpleNamespace(pad_token_id=PAD), eos_token_ids=[EOS], pad_to_multiple_of=None, _is_vlm=False,
         reward_weights=torch.ones(len(names), dtype=torch.float64), reward_funcs=names, reward_func_names=names, log_multimodal=False,
         _logs=defaultdict(list, rewards=defaultdict(list), extra=defaultdict(list)), _pending_extra_logs={}, _pending_metrics={},
@@ -221,9 +230,3 @@ def rloo_scored(t: dict[str, Tensor], **settings: Any) -> dict[str, Tensor]:
     ids = ids_of(t)
     result = scored(RLOOTrainer, args, t, ([[5]] * len(ids), ids, ["!"] * len(ids)), t["logprobs_old"])
     return {"advantages": result["advantages"]}
-
-
-def off_policy_mask(t: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
-    """GRPOTrainer.get_off_policy_mask."""
-    mask = GRPOTrainer.get_off_policy_mask(t["advantages"][:, None], t["logprobs"], t["logprobs_sampler"], t["mask"], threshold)
-    return {"keep": mask[:, 0]}
