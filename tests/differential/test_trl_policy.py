@@ -53,6 +53,9 @@ def agree(made: Any, batch: Batch, theirs: dict[str, Tensor]) -> None:
     close(gradients["logprobs"], to_column(theirs["grad.logprobs"], batch.lengths))
 
 
+SEQUENCE = {"importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.08}
+GSPO = {"clip": 0.05, "clip_high": 0.08}
+TAU = {"sapo_temperature_pos": 0.9, "sapo_temperature_neg": 1.2}
 SAME: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "grpo": ("grpo", {"clip": 0.2}, {"loss_type": "grpo", "epsilon": 0.2}),
     "grpo, unequal clip": ("grpo", {"clip": 0.1, "clip_high": 0.3}, {"loss_type": "grpo", "epsilon": 0.1, "epsilon_high": 0.3}),
@@ -61,14 +64,10 @@ SAME: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dapo": ("dapo", {}, {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28}),
     "dr_grpo": ("dr_grpo", {"length": 17}, {"loss_type": "dr_grpo", "epsilon": 0.2, "max_completion_length": 17}),
     "cispo": ("cispo", {"clip_high": 0.2}, {"loss_type": "cispo", "epsilon_high": 1.2}),
-    "sapo": ("sapo", {"tau_positive": 0.9, "tau_negative": 1.2}, {"loss_type": "sapo", "sapo_temperature_pos": 0.9, "sapo_temperature_neg": 1.2}),
-    "gspo": ("gspo", {"clip": 0.05, "clip_high": 0.08}, {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.08}),
-    "luspo": (
-        "gspo",
-        {"clip": 0.05, "clip_high": 0.08, "aggregation": "fixed-length", "length": 1},
-        {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.08},
-    ),
-}  # fmt: skip
+    "sapo": ("sapo", {"tau_positive": 0.9, "tau_negative": 1.2}, {"loss_type": "sapo", **TAU}),
+    "gspo": ("gspo", GSPO, {"loss_type": "grpo", **SEQUENCE}),
+    "luspo": ("gspo", {**GSPO, "aggregation": "fixed-length", "length": 1}, {"loss_type": "luspo", **SEQUENCE}),
+}
 """TRL's loss_type, our algorithm, our settings, TRL's settings. CISPO's bound is 1 + clip_high for us and epsilon_high for TRL; TRL's
 bnpo is our grpo with aggregation=token; luspo is gspo without the division by length."""
 
