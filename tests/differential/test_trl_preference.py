@@ -194,14 +194,14 @@ def test_unpaired_apo_zero_is_kto_with_z_at_zero(trl_1_16: Peer, seed: int) -> N
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_bco_agrees_given_its_running_mean(trl_1_12: Peer, seed: int, steps: int) -> None:
-    """delta is the running mean of all rewards; TRL keeps it in float32, hence agreement to 1e-6 and not better."""
+    """delta is the running mean of all rewards so far; TRL keeps it in float32, hence agreement to 1e-6 and not better."""
     g = generator(seed)
     names = ("chosen", "rejected", "chosen_ref", "rejected_ref")
-    given = {name: normal(g, PAIRS, scale=3.0).requires_grad_() for name in names}
-    theirs = trl_1_12("bco", given, wrt=names[:2], beta=0.3, steps=steps)
-    h = torch.cat([given["chosen"] - given["chosen_ref"], given["rejected"] - given["rejected_ref"]])
+    given = {name: normal(g, steps, PAIRS, scale=3.0).requires_grad_() for name in names}
+    theirs = trl_1_12("bco", given, wrt=names[:2], beta=0.3)
+    h = torch.cat([given["chosen"] - given["chosen_ref"], given["rejected"] - given["rejected_ref"]], dim=1)
     delta = (0.3 * h.detach()).mean().expand(2 * PAIRS)
-    ours = losses.bco(h, torch.arange(2 * PAIRS) < PAIRS, delta, 0.3).mean()
+    ours = losses.bco(h[-1], torch.arange(2 * PAIRS) < PAIRS, delta, 0.3).mean()
     agree_on({name: given[name] for name in names[:2]}, ours, theirs)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from trl.experimental.bco.bco_trainer import BCOTrainer, RunningMoments
@@ -19,13 +18,12 @@ def masked_mean(t: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"loss": ppo_trainer.masked_mean(t["x"], t["mask"])}
 
 
-def bco(t: dict[str, Tensor], beta: float, steps: int = 1) -> dict[str, Tensor]:
-    """BCOTrainer.bco_loss called `steps` times on the same sums of log-probabilities: the running mean moves each time."""
+def bco(t: dict[str, Tensor], beta: float) -> dict[str, Tensor]:
+    """BCOTrainer.bco_loss of the last of several steps (rows of sums of log-probabilities): every step moves the running mean."""
     trainer: Any = object.__new__(BCOTrainer)
     trainer.accelerator, trainer.beta = Accelerator(cpu=True), beta
     trainer.embedding_func = trainer.embedding_tokenizer = None  # no matching of the underlying distributions
     trainer.running = RunningMoments(trainer.accelerator)
-    given = (t["chosen"], t["rejected"], t["chosen_ref"], t["rejected_ref"], None, None)
-    for _ in range(steps):
-        losses, *_rewards, delta = trainer.bco_loss(*given)
-    return {"loss": losses.mean(), "delta": torch.as_tensor(delta)}
+    for chosen, rejected, chosen_ref, rejected_ref in zip(t["chosen"], t["rejected"], t["chosen_ref"], t["rejected_ref"], strict=True):
+        losses, *_ = trainer.bco_loss(chosen, rejected, chosen_ref, rejected_ref, None, None)
+    return {"loss": losses.mean()}

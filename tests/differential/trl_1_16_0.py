@@ -41,7 +41,7 @@ class Given(torch.nn.Module):
         super().__init__()
         self.answers = list(answers)
 
-    def forward(self, **_: Any) -> SimpleNamespace:
+    def forward(self, *_: Any, **__: Any) -> SimpleNamespace:
         return self.answers.pop(0)
 
 
@@ -73,8 +73,7 @@ def dpo(t: dict[str, Tensor], **settings: Any) -> dict[str, Tensor]:
     The fused head writes 0 where a label is masked, hence the products with the mask.
     """
     args = DPOConfig(**COMMON, **settings)
-    own = said(t["logprobs"] * t["mask"], log_sum_sq_probs=t.get("log_sum_sq_probs"))
-    model = Given(own)
+    model = Given(said(t["logprobs"] * t["mask"], log_sum_sq_probs=t.get("log_sum_sq_probs", torch.zeros_like(t["logprobs"]))))
     trainer = bare(
         DPOTrainer, args, model, ref_model=Given(said(t["logprobs_ref"] * t["mask"])), precompute_ref_logps=False, beta=args.beta,
         loss_types=args.loss_type, loss_weights=args.loss_weights or [1.0] * len(args.loss_type), ld_alpha=args.ld_alpha,
@@ -122,6 +121,39 @@ def orpo(t: dict[str, Tensor], **settings: Any) -> dict[str, Tensor]:
     """ORPOTrainer.odds_ratio_loss on mean log-probabilities per response; it returns what is *subtracted* from the NLL."""
     args = ORPOConfig(**COMMON, **settings)
     return {"loss": -bare(ORPOTrainer, args, beta=args.beta).odds_ratio_loss(t["chosen"], t["rejected"])[0].mean()}
+
+
+def logits_of(logprobs: Tensor) -> Tensor:
+    """Logits over two tokens whose log-softmax at token 0 is `logprobs`; one row more at the end, which predicts nothing."""
+    logits = torch.stack([logprobs, torch.log(-torch.expm1(logprobs))], dim=-1)
+    return torch.nn.functional.pad(logits, (0, 0, 0, 1))
+
+
+def with_likelihood(kind: type, args: Any, t: dict[str, Tensor], **attributes: Any) -> dict[str, Tensor]:
+    """The whole loss of a trainer that adds a likelihood: rows of two prompt tokens (the second predicted with `prompt_logprobs`)
+    and a response of tokens 0; chosen rows first."""
+    model = Given(SimpleNamespace(logits=logits_of(torch.cat([t["prompt_logprobs"], t["logprobs"]], dim=1))))
+    exists = torch.nn.functional.pad(t["mask"].long(), (2, 0), value=1)
+    labels = torch.nn.functional.pad(torch.where(t["mask"].bool(), 0, -100), (2, 0), value=-100)
+    batch: dict[str, Tensor] = {}
+    for part, side in enumerate(("chosen", "rejected")):
+        columns = {"input_ids": torch.zeros_like(exists), "attention_mask": exists, "labels": labels}
+        batch |= {f"{side}_{name}": column.chunk(2)[part] for name, column in columns.items()}
+    trainer = bare(kind, args, model, is_encoder_decoder=False, padding_value=1, pad_token_id=1, **attributes)
+    return {"loss": trainer.get_batch_loss_metrics(model, batch)[0]}
+
+
+def cpo_with_likelihood(t: dict[str, Tensor], **settings: Any) -> dict[str, Tensor]:
+    """CPOTrainer.get_batch_loss_metrics."""
+    args = CPOConfig(**COMMON, **settings)
+    names = ("beta", "loss_type", "label_smoothing", "simpo_gamma", "alpha", "cpo_alpha")
+    return with_likelihood(CPOTrainer, args, t, **{name: getattr(args, name) for name in names})
+
+
+def orpo_with_likelihood(t: dict[str, Tensor], **settings: Any) -> dict[str, Tensor]:
+    """ORPOTrainer.get_batch_loss_metrics."""
+    args = ORPOConfig(**COMMON, **settings)
+    return with_likelihood(ORPOTrainer, args, t, beta=args.beta)
 
 
 def group_trainer(kind: type, args: Any, model: Given, **attributes: Any) -> Any:
