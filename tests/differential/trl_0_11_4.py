@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from trl.trainer.ppo_config import PPOConfig
 from trl.trainer.ppo_trainer import PPOTrainer
+from trl.trainer.utils import AdaptiveKLController
 
 
 def trainer(settings: dict[str, Any], kl_coefficient: float = 0.0) -> Any:
@@ -36,3 +37,17 @@ def loss(t: dict[str, Tensor], **settings: Any) -> dict[str, Tensor]:
         t["logprobs_old"], t["values_old"], logits, t["values"], t["logprobs"], t["mask"], t["advantages"], t["returns"]
     )
     return {"loss": policy + value, "policy": policy, "value": value, "clip_fraction": stats["policy/clipfrac"]}
+
+
+def full_kl(t: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PPOTrainer's kl_penalty="full", on log-probabilities of the whole vocabulary."""
+    return {"kl": trainer({"kl_penalty": "full"})._kl_penalty(t["logprobs"], t["logprobs_ref"])}
+
+
+def adaptive_kl(t: dict[str, Tensor], target: float, horizon: int, steps: int) -> dict[str, Tensor]:
+    """The coefficient after each of a run's measured KLs, from 0.2."""
+    controller, values = AdaptiveKLController(0.2, target, horizon), []
+    for measured in t["kl"].tolist():
+        controller.update(measured, steps)
+        values.append(controller.value)
+    return {"coefficients": torch.tensor(values, dtype=torch.float64)}

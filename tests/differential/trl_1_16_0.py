@@ -17,6 +17,8 @@ from torch import Tensor
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.kernels import ChunkedLogProbFunction
+from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_config import GRPOConfig
@@ -262,3 +264,16 @@ def rloo_scored(t: dict[str, Tensor], **settings: Any) -> dict[str, Tensor]:
     ids = ids_of(t)
     result = scored(RLOOTrainer, args, t, ([[5]] * len(ids), ids, ["!"] * len(ids)), t["logprobs_old"])
     return {"advantages": result["advantages"]}
+
+
+def fused_head(t: dict[str, Tensor], temperature: float, softcap: float | None, scale: float) -> dict[str, Tensor]:
+    """The kernel behind TRL's fused head; "loss" weighs its two outputs with the given `weights`, so that both are differentiated."""
+    kernel = (t["hidden"], t["weight"], t.get("bias"), t["targets"], temperature, 16, softcap, scale, ("entropy",))
+    logprobs, entropy, *_ = ChunkedLogProbFunction.apply(*kernel)
+    return {"loss": (torch.stack([logprobs, entropy]) * t["weights"]).sum(), "logprobs": logprobs, "entropy": entropy}
+
+
+def overlong(t: dict[str, Tensor], longest: int, cache: int) -> dict[str, Tensor]:
+    """The reward function for long responses."""
+    reward_of = get_soft_overlong_punishment(longest, cache)
+    return {"rewards": torch.tensor(reward_of([[5] * n for n in t["lengths"].tolist()]), dtype=torch.float64)}
