@@ -15,7 +15,7 @@ LAYERS = [
     "stages", "runs", "demo", "cli",
 ]  # fmt: skip
 SIBLINGS = {
-    "algorithms": {"base", "group"},
+    "algorithms": {"base", "group", "preference_base"},
     "engines": {"sampling"},
     "rewards": set(),
     "stages": {"common", "actor_critic", "policy_metrics", "sample"},

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import __version__
-from trimtab.algorithms import ALGORITHMS
+from trimtab.algorithms import ALGORITHMS, PREFERENCES
 from trimtab.errors import ConfigError, TrimtabError
 
 
@@ -35,7 +35,10 @@ COMMANDS = {
         name: Command(entry.what, "trimtab.stages.policy:policy_config", "trimtab.stages.policy:policy", named=True)
         for name, entry in ALGORITHMS.items()
     },
-    "dpo": Command("learn from preferences directly", "trimtab.stages.preference:DPOConfig", "trimtab.stages.preference:preference"),
+    **{
+        name: Command(entry.what, "trimtab.stages.preference:preference_config", "trimtab.stages.preference:preference", named=True)
+        for name, entry in PREFERENCES.items()
+    },
     "evaluate": Command(
         "held-out reward, KL and win rate against another model",
         "trimtab.stages.evaluate:EvaluateConfig",

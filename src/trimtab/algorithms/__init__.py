@@ -1,4 +1,7 @@
-"""Policy algorithms by name. Adding one: a file beside these, and a line here. Naming them imports none of them."""
+"""Policy algorithms and preference losses by name. Adding one: a class beside these, and a line here.
+
+Naming them imports none of them.
+"""
 
 from __future__ import annotations
 
@@ -35,3 +38,34 @@ ALGORITHMS = {
     "gmpo": Entry("geometric mean of clipped ratios", "trimtab.algorithms.gmpo:GMPO"),
     "sapo": Entry("a soft gate in place of the clip", "trimtab.algorithms.sapo:SAPO"),
 }
+
+_LOSSES = {
+    "dpo": ("direct preference optimisation; label_smoothing makes it conservative", "DPO"),
+    "robust": ("DPO for labels flipped at a known rate", "Robust"),
+    "ipo": ("draw the margin to a finite value (sums over tokens, as in the paper)", "IPO"),
+    "ipo_mean": ("IPO on means per token", "MeanIPO"),
+    "hinge": ("hinge on the margin (SLiC)", "Hinge"),
+    "kto": ("desirable and undesirable responses, no pairs, against the KL", "KTO"),
+    "bco": ("a classifier of desirable and undesirable responses, no pairs", "BCO"),
+    "bco_pair": ("BCO on both responses of a pair", "BCOPair"),
+    "orpo": ("fine-tuning with an odds ratio, no reference", "ORPO"),
+    "simpo": ("mean log-probabilities with a margin, no reference", "SimPO"),
+    "cpo": ("DPO without a reference, plus likelihood", "CPO"),
+    "rpo": ("DPO plus a little likelihood of the chosen response", "RPO"),
+    "exo": ("reverse KL from the policy's choice to the label", "EXO"),
+    "nca": ("keeps the chosen response's probability up", "NCA"),
+    "aot": ("margins above the reference's, as distributions", "AOT"),
+    "aot_unpaired": ("desirable above undesirable responses, as distributions", "UnpairedAOT"),
+    "apo_zero": ("chosen up, rejected down: data better than the policy", "APOZero"),
+    "apo_down": ("both down, rejected further: data worse than the policy", "APODown"),
+    "discopop": ("the loss found by search", "DiscoPOP"),
+    "sppo": ("log-ratios towards fixed targets", "SPPO"),
+    "f_dpo": ("DPO for another divergence than reverse KL", "FDPO"),
+    "wpo": ("DPO with pairs weighted as the policy would sample them", "WPO"),
+    "ld_dpo": ("DPO in which extra length counts less", "LDDPO"),
+    "dpo_mean": ("length-normalised DPO", "MeanDPO"),
+    "tr_dpo": ("DPO whose reference follows the policy", "TRDPO"),
+    "plackett_luce": ("DPO for whole rankings", "PlackettLuce"),
+    "mixture": ("several preference losses with weights", "Mixture"),
+}
+PREFERENCES = {name: Entry(what, f"trimtab.algorithms.preferences:{kind}") for name, (what, kind) in _LOSSES.items()}

@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import Field
 
+from trimtab.algorithms import PREFERENCES
 from trimtab.config import Config, to_yaml
 from trimtab.data.readers import read_rows
 from trimtab.data.records import DataConfig, write_jsonl
@@ -35,7 +36,7 @@ from trimtab.rewards import make as make_reward
 from trimtab.runs.session import session
 from trimtab.stages.evaluate import Measured, against, measure, sample_rows
 from trimtab.stages.policy import policy, policy_config
-from trimtab.stages.preference import DPOConfig, preference
+from trimtab.stages.preference import preference, preference_config
 from trimtab.stages.reward import RewardModelConfig, reward
 from trimtab.stages.sample import SampleConfig, sample
 from trimtab.training.fit import FitConfig
@@ -99,8 +100,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             stages[name] = run.path
             if name == "reward":
                 accuracy = reward(recipe, run.path, run)
-            elif name == "dpo":
-                preference(recipe, run.path, run)
+            elif name in PREFERENCES:
+                preference(name, recipe, run.path, run)
             else:
                 policy(name, recipe, run.path, run)
 
@@ -145,9 +146,11 @@ def stage_recipes(
                 "critic": {"optim": {"lr": 1e-3, "schedule": "constant"}},
             }
         ),
-        "dpo": DPOConfig(
-            **common, output=str(folder / "dpo"), data=comparisons, beta=0.1,
-            fit=FitConfig(batch_size=8, epochs=1), optim=OptimConfig(lr=1e-4, warmup_steps=2),
+        "dpo": preference_config("dpo").model_validate(
+            {
+                **common, "output": str(folder / "dpo"), "data": comparisons, "algorithm": {"beta": 0.1},
+                "fit": {"batch_size": 8, "epochs": 1}, "optim": {"lr": 1e-4, "warmup_steps": 2},
+            }
         ),
     }  # fmt: skip
 

@@ -40,6 +40,14 @@ def aggregate(
     return (kept / count.clamp(min=1)[response_of_token]).sum() / responses
 
 
+def mean_over_pairs(terms: Float[Tensor, " pairs"], group: Int[Tensor, " pairs"], *, groups: int) -> Float[Tensor, ""]:
+    """Mean over the pairs of each group, then over groups: sum_g (1/P_g) sum_{p in g} l_p / G  (G = `groups`, global).
+
+    A prompt with many ranked responses weighs as much as one with two.
+    """
+    return (terms / torch.bincount(group)[group]).sum() / groups
+
+
 def to_rows(column: Float[Tensor, " tokens"], lengths: list[int]) -> Float[Tensor, "responses time"]:
     """A token column as one zero-padded row per response."""
     return torch.nn.utils.rnn.pad_sequence(list(column.split(lengths)), batch_first=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from trimtab.algorithms import PREFERENCES
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -28,11 +30,14 @@ def _two(title: str, unit: str, prefix: str, *names: str) -> Panel:
     return Panel(title, unit, tuple((f"{prefix}/{name}", name) for name in names))
 
 
+LOSS_UNITS = dict.fromkeys(("dpo", "ld_dpo", "dpo_mean", "tr_dpo", "bco"), "nats; log 2 = 0.693 is a coin")
+
 PANELS = (
     _one("reward/mean", "Reward", "mean over responses"),
     _one("reward/std", "Spread of the reward", "standard deviation"),
     _one("reward/shaped", "Reward after shaping", "mean over responses"),
     _two("Implicit reward", "β log π/π_ref", "reward", "chosen", "rejected"),
+    _two("Implicit reward by label", "β log π/π_ref", "reward", "baseline", "undesirable", "desirable"),
     _one("kl/mean", "KL per response", "nats"),
     _one("kl/per_token", "KL per token", "nats"),
     _one("kl/beta", "Weight of the KL, β"),
@@ -52,7 +57,7 @@ PANELS = (
     _one("critic/grad_norm", "Gradient norm, critic"),
     _one("critic/lr", "Learning rate, critic"),
     _one("loss/pair", "Pair loss", "nats; log 2 = 0.693 is a coin"),
-    _one("loss/dpo", "DPO loss", "nats; log 2 = 0.693 is a coin"),
+    *(_one(f"loss/{name}", f"{name.replace('_', ' ').upper()} loss", LOSS_UNITS.get(name, "")) for name in PREFERENCES),
     Panel("Negative log-likelihood", "nats per token", (("loss/nll", "training"), ("eval/nll", "held out"))),
     _one("loss/perplexity", "Perplexity"),
     Panel(
@@ -61,6 +66,7 @@ PANELS = (
     ),
     Panel("Margin", "chosen minus rejected", (("train/margin", "training"), ("eval/margin", "held out"))),
     _two("Log-probability", "nats per response", "logprob", "chosen", "rejected"),
+    _two("Log-probability by label", "nats per response", "logprob", "desirable", "undesirable"),
     _one("optim/grad_norm", "Gradient norm"),
     _one("optim/lr", "Learning rate"),
 )  # fmt: skip

@@ -7,11 +7,16 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trimtab.algorithms import PREFERENCES
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-HEADLINES = ("reward/mean", "kl/mean", "loss/nll", "loss/pair", "loss/dpo", "train/accuracy", "eval/accuracy", "eval/nll")
+HEADLINES = (
+    "reward/mean", "kl/mean", "loss/nll", "loss/pair",
+    *(f"loss/{name}" for name in PREFERENCES), "train/accuracy", "eval/accuracy", "eval/nll",
+)  # fmt: skip
 """The numbers worth a glance while a run goes on, in this order; those a run has are shown."""
 
 SECONDS_BETWEEN_LINES = 15

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from trimtab.algorithms import PREFERENCES
 from trimtab.errors import RunError
 from trimtab.runs.charts import Line, Point, curves, reward_kl, reward_kl_of_runs, stacked
 from trimtab.runs.directory import RunDirectory
@@ -20,8 +21,9 @@ from trimtab.runs.panels import PANELS, Panel, arrange
 from trimtab.runs.trackers import flatten
 
 HEADLINES = (
-    "reward/mean", "kl/mean", "eval/accuracy", "eval/nll", "loss/nll", "loss/pair", "loss/dpo", "train/accuracy", "response/length",
-    "model/reward", "against/reward", "model/kl", "comparison/win_rate",
+    "reward/mean", "kl/mean", "eval/accuracy", "eval/nll", "loss/nll", "loss/pair",
+    *(f"loss/{name}" for name in PREFERENCES), "train/accuracy",
+    "response/length", "model/reward", "against/reward", "model/kl", "comparison/win_rate",
 )  # fmt: skip
 """The numbers that sum a run up, the most telling first."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from trimtab.batch import Batch, Counts
 from trimtab.config import Config
 from trimtab.errors import DataError
+from trimtab.maths.reductions import mean_over_pairs
 from trimtab.protocols import Tracker
 from trimtab.types import Comparison, Group, Prompt, Response
 
@@ -65,9 +66,7 @@ def comparison_batch(comparisons: Sequence[Comparison]) -> Batch:
 
 def pair_mean(x: Tensor, better: Tensor, batch: Batch, counts: Counts) -> Tensor:
     """Mean over the pairs of each prompt, then over prompts, by the global number of prompts."""
-    group = batch.group_of_response[better]
-    pairs = torch.bincount(group, minlength=len(batch.groups))
-    return (x / pairs[group]).sum() / counts.groups
+    return mean_over_pairs(x, batch.group_of_response[better], groups=counts.groups)
 
 
 def sample_row(prompt: Prompt, response: Response, reward: float, parts: Mapping[str, float], kl: float) -> dict[str, Any]:

@@ -1,101 +1,223 @@
 """Learning from preferences without a reward model: the policy is its own, r = beta (log pi - log pi_ref) + constant.
 
-    minimise  -log sigma(beta (h_chosen - h_rejected)),     h = log pi(y | x) - log pi_ref(y | x)
-
-The reference's log-probabilities are computed once, before training: the reference is the starting point itself.
+One stage for every loss; what differs between them is in `algorithms/preferences.py`. Where the reference is the starting point,
+its log-probabilities are computed once, before training; where it moves, for every minibatch; where there is none, never.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, create_model
 from torch import Tensor
 
-from trimtab.batch import Batch, Counts, Loss, Outputs, observe
+from trimtab.algorithms import PREFERENCES
+from trimtab.batch import Batch, Counts, Outputs, observe
 from trimtab.data.records import DataConfig, load_comparisons
-from trimtab.maths.preference_losses import dpo
+from trimtab.errors import DataError
 from trimtab.maths.statistics import wilson_interval
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
+from trimtab.models.moving_reference import MovingReference
 from trimtab.protocols import Tracker
-from trimtab.stages.common import StageConfig, check_lengths, comparison_batch, pair_mean, save_checkpoint
+from trimtab.stages.common import StageConfig, check_lengths, comparison_batch, save_checkpoint
 from trimtab.training.fit import FitConfig, Hooks, fit
 from trimtab.training.optimiser import OptimConfig, Optimiser
+from trimtab.types import Comparison, Group
 
 
-class DPOConfig(StageConfig):
-    """A recipe of `trimtab dpo`."""
+class PreferenceConfig(StageConfig):
+    """A recipe of learning from preferences; `algorithm` holds the settings of the loss that the command names."""
 
-    output: str = Field("runs/dpo", description="the run directory to write")
     model: ModelConfig = Field(default_factory=ModelConfig, description="the policy; as it is at the start, it is the reference too")
-    data: DataConfig = Field(description="comparisons: chosen and rejected, or rankings (all pairs are used)")
+    data: DataConfig = Field(description="comparisons: chosen and rejected, rankings or ratings (all pairs are used), or labels")
     fit: FitConfig = Field(default_factory=FitConfig)
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=1e-6))
-    beta: float = Field(0.1, gt=0, description="strength of the implied KL penalty: higher stays nearer the reference")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed probability that a label is flipped (conservative DPO)")
 
 
-def preference(config: DPOConfig, run: Path, tracker: Tracker) -> dict[str, float]:
-    """Train a policy on preferences; returns the last metrics."""
+@cache
+def preference_config(name: str) -> type[PreferenceConfig]:
+    """The recipe type of one preference loss."""
+    own = PREFERENCES[name].load().Config
+    return create_model(  # type: ignore[no-any-return, call-overload]
+        f"{name.upper()}RecipeConfig",
+        __base__=PreferenceConfig,
+        __doc__=f"A recipe of `trimtab {name}`.",
+        output=(str, Field(f"runs/{name}", description="the run directory to write")),
+        algorithm=(own, Field(default_factory=own, description=f"settings of {name}")),
+    )
+
+
+def preference(name: str, config: Any, run: Path, tracker: Tracker) -> dict[str, float]:
+    """Train a policy on preferences with the loss `name`; returns the last metrics."""
     model = LanguageModel.load(config.model, template=config.data.template)
     comparisons = load_comparisons(config.data, model.template)
     comparisons.report(tracker)
     check_lengths([c.group for c in (*comparisons.records, *comparisons.holdout)], model.context, "a comparison")
-    budget = config.fit.micro_batch_tokens
+    learner = PreferenceLearning(name, config, model, comparisons.records, comparisons.holdout, tracker)
+    return learner.fit(run, tracker)
 
-    start = time.perf_counter()
-    data, held_out = (
-        batch.with_tokens(logprobs_ref=_logprobs(model, batch, budget)) if batch.groups else batch
-        for batch in (comparison_batch(comparisons.records), comparison_batch(comparisons.holdout))
-    )
-    tracker.event("reference", seconds=time.perf_counter() - start)
 
-    def loss(outputs: Outputs, batch: Batch, counts: Counts) -> Loss:
-        assert outputs.logprobs is not None
-        better, worse = batch.pairs()
-        h = log_ratios(outputs.logprobs, batch)
+@dataclass(frozen=True)
+class Judged:
+    """Judged responses, and for every group the same prompt with a response to another one (where a loss needs it)."""
 
-        def mean(x: Tensor) -> Tensor:
-            return pair_mean(x, better, batch, counts)
+    batch: Batch
+    mismatched: Batch | None = None
 
-        terms = dpo(h[better], h[worse], config.beta, config.label_smoothing)
-        with torch.no_grad():
-            logprobs = batch.sum_by_response(outputs.logprobs * batch.mask)
-            means = {
-                "loss/dpo": mean(terms),
-                "train/accuracy": mean((h[better] > h[worse]).to(h.dtype)),
-                "train/margin": mean(config.beta * (h[better] - h[worse])),
-                "reward/chosen": mean(config.beta * h[better]),
-                "reward/rejected": mean(config.beta * h[worse]),
-                "logprob/chosen": mean(logprobs[better]),
-                "logprob/rejected": mean(logprobs[worse]),
-            }
-        return Loss(mean(terms), means)
 
-    def evaluate() -> dict[str, float]:
-        if not held_out.groups:
+class PreferenceLearning:
+    """A loss, a model and the data, put together once."""
+
+    def __init__(
+        self, name: str, config: Any, model: LanguageModel, records: Sequence[Comparison], holdout: Sequence[Comparison], tracker: Tracker
+    ) -> None:
+        self.config, self.model, self.budget = config, model, config.fit.micro_batch_tokens
+        self.algorithm = PREFERENCES[name].load()(config.algorithm, name)
+        self.moving = MovingReference(model) if self.algorithm.reference.kind in ("synced", "ema") else None
+        kept, held = (usable(part, self.algorithm.data) for part in (records, holdout))
+        if len(kept) < len(records):
+            tracker.event("left out", comparisons=len(records) - len(kept), reason="nothing in them is better than something else")
+        check_enough(kept, self.algorithm.data, name)
+        start, threshold = time.perf_counter(), mean_rating(kept)
+        self.data, self.held_out = (self._judged(part, kept, threshold) for part in (kept, held))
+        if self.algorithm.reference.kind == "start":
+            tracker.event("reference", seconds=time.perf_counter() - start)
+
+    def fit(self, run: Path, tracker: Tracker) -> dict[str, float]:
+        """Train; returns the last metrics."""
+        config, saved = self.config, {"reference": self.moving} if self.moving else {}
+        hooks = Hooks(self.evaluate, lambda step: save_checkpoint(run, step, tracker, model=self.model, **saved), self.prepare)
+        data, model = self.data.batch, self.model
+        optimiser = Optimiser(model.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
+        return fit(data, model.forward, self.algorithm.loss, [optimiser], config.fit, tracker, hooks, seed=config.seed)
+
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        """Before an update: move the reference if it is time, and let the loss see the minibatch whole."""
+        reference = self.algorithm.reference
+        if self.moving is not None and step and step % reference.every == 0:
+            self.moving.move(reference.decay if reference.kind == "ema" else 0.0)
+        return self._ready(Judged(batch, self.data.mismatched), training=True)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy on the held-out part, with a Wilson 95 % interval."""
+        if not self.held_out.batch.groups:
             return {}
-        h = log_ratios(_logprobs(model, held_out, budget), held_out)
-        better, worse = held_out.pairs()
-        right = int((h[better] > h[worse]).sum())
-        low, high = wilson_interval(right, len(better))
-        nll = dpo(h[better], h[worse], config.beta).mean()
-        return {"eval/accuracy": right / len(better), "eval/accuracy_low": low, "eval/accuracy_high": high, "eval/loss": float(nll)}
+        batch = self._ready(self.held_out, training=False)
+        batch = batch.with_tokens(logprobs_now=self._look(batch))
+        counts, loss, margin, right = Counts.of(batch), 0.0, 0.0, []
+        for piece in batch.micro_batches(self.budget):
+            part = self.algorithm.loss(Outputs(piece.tokens["logprobs_now"]), piece, counts)
+            loss, margin = loss + float(part.value), margin + float(part.means["train/margin"])
+            right.append(self.algorithm.correct(piece.tokens["logprobs_now"], piece))
+        agreed = torch.cat(right)
+        low, high = wilson_interval(int(agreed.sum()), len(agreed))
+        accuracy = {"eval/accuracy": float(agreed.double().mean()), "eval/accuracy_low": low, "eval/accuracy_high": high}
+        return {**accuracy, "eval/margin": margin, "eval/loss": loss}
 
-    hooks = Hooks(evaluate, lambda step: save_checkpoint(run, step, tracker, model=model))
-    optimiser = Optimiser(model.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
-    return fit(data, model.forward, loss, [optimiser], config.fit, tracker, hooks, seed=config.seed)
+    def _judged(self, comparisons: Sequence[Comparison], others: Sequence[Comparison], threshold: float) -> Judged:
+        """The batch of some comparisons; responses to other prompts come from `others`."""
+        if not comparisons:
+            return Judged(Batch(()))
+        batch = comparison_batch(comparisons)
+        label = [x for c in comparisons for x in desirability(c, threshold)]
+        batch = batch.with_responses(desirable=torch.tensor(label, dtype=torch.float64), row=batch.group_of_response)
+        mismatched = None
+        if self.algorithm.needs_mismatched:
+            mixed = mismatch([c.group for c in comparisons], [c.group for c in others])
+            check_lengths(mixed, self.model.context, "a prompt with the response to another")
+            mismatched = Batch(tuple(mixed))
+        if self.algorithm.reference.kind == "start":
+            batch = batch.with_tokens(logprobs_ref=self._look(batch))
+            mismatched = mismatched and mismatched.with_tokens(logprobs_ref=self._look(mismatched))
+        return Judged(batch, mismatched)
+
+    def _ready(self, judged: Judged, *, training: bool) -> Batch:
+        """A batch with the columns its loss needs."""
+        batch, others = self._against(judged.batch), None
+        if judged.mismatched is not None:
+            rows = dict.fromkeys(zip(batch.group_of_response.tolist(), batch.responses["row"].tolist(), strict=True))
+            others = self._against(judged.mismatched.select([row for _, row in rows]))
+            others = others.with_tokens(logprobs_now=self._look(others))
+        if self.algorithm.needs_own:
+            batch = batch.with_tokens(logprobs_now=self._look(batch))
+        prepared: Batch = self.algorithm.prepare(batch, others, training=training)
+        return prepared
+
+    def _against(self, batch: Batch) -> Batch:
+        """With the log-probabilities of a reference that moves; those of a fixed one are there already."""
+        return batch if self.moving is None else batch.with_tokens(logprobs_ref=self._look(batch, self.moving))
+
+    def _look(self, batch: Batch, model: LanguageModel | MovingReference | None = None) -> Tensor:
+        logprobs = observe(batch, (model or self.model).forward, token_budget=self.budget).logprobs
+        assert logprobs is not None
+        return logprobs
 
 
-def log_ratios(logprobs: Tensor, batch: Batch) -> Tensor:
-    """h = log pi(y | x) - log pi_ref(y | x) of every response, over the assistant's own tokens."""
-    return batch.sum_by_response((logprobs - batch.tokens["logprobs_ref"]) * batch.mask)
+def usable(comparisons: Sequence[Comparison], data: str) -> list[Comparison]:
+    """For pairs, those in which something is better than something else; for labels, all."""
+    return [c for c in comparisons if data == "labels" or c.pairs()]
 
 
-def _logprobs(model: LanguageModel, batch: Batch, budget: int) -> Tensor:
-    logprobs = observe(batch, model.forward, token_budget=budget).logprobs
-    assert logprobs is not None
-    return logprobs
+def check_enough(comparisons: Sequence[Comparison], data: str, name: str) -> None:
+    """Refuse data that a loss can learn nothing from."""
+    if not comparisons:
+        raise DataError(
+            f"{name} learns from pairs, and no prompt has two responses of which one is better",
+            where="data",
+            fix="give pairs or rankings; for single responses with a label or rating use kto, bco or aot_unpaired",
+        )
+    if data == "labels":
+        threshold = mean_rating(comparisons)
+        kinds = {x for c in comparisons for x in desirability(c, threshold)}
+        if not kinds >= {0.0, 1.0}:
+            only = "desirable" if 1.0 in kinds else "undesirable"
+            raise DataError(
+                f"{name} tells desirable from undesirable responses, and all are {only}",
+                where="data",
+                fix="give responses of both kinds; for good examples alone use sft",
+            )
+
+
+def mean_rating(comparisons: Sequence[Comparison]) -> float:
+    """The mean of all ratings: what is above it counts as desirable."""
+    ratings = [score for c in comparisons if c.kind == "rating" for score in c.scores]
+    return sum(ratings) / len(ratings) if ratings else 0.0
+
+
+def desirability(comparison: Comparison, threshold: float) -> list[float]:
+    """1 (desirable), 0 (not) or 0.5 (no opinion) for every response.
+
+    Labels are taken as they are. A rating is held against `threshold`; a response of a pair or ranking against the middle of
+    its own prompt's.
+    """
+    if comparison.kind == "binary":
+        middle = 0.5
+    elif comparison.kind == "rating":
+        middle = threshold
+    else:
+        middle = sum(comparison.scores) / len(comparison.scores)
+    return [0.5 + 0.5 * ((score > middle) - (score < middle)) for score in comparison.scores]
+
+
+def mismatch(groups: Sequence[Group], others: Sequence[Group]) -> list[Group]:
+    """Every prompt with one response to another prompt, the next one in `others`. Raises DataError if there is no other prompt."""
+    mixed = []
+    for i, group in enumerate(groups):
+        following = (others[(i + 1 + k) % len(others)] for k in range(len(others)))
+        other = next((o for o in following if o.prompt.tokens != group.prompt.tokens), None)
+        if other is None:
+            raise DataError(
+                "all responses are to the same prompt, and the KL is estimated from responses to other prompts",
+                where="data",
+                fix="give at least two prompts, or use bco or aot_unpaired",
+            )
+        mixed.append(Group(group.prompt, (other.responses[i % len(other.responses)],)))
+    return mixed

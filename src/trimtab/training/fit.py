@@ -33,10 +33,14 @@ class FitConfig(Config):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a stage does now and then: measure on held-out data, and save."""
+    """What a stage does now and then: measure on held-out data, save, and see a minibatch whole before it is cut.
+
+    prepare: takes the minibatch of a step (counted from 0) before its update, and gives it back with further columns.
+    """
 
     evaluate: Callable[[], dict[str, float]]
     save: Callable[[int], object]
+    prepare: Callable[[Batch, int], Batch] | None = None
 
 
 def fit(
@@ -59,6 +63,8 @@ def fit(
         start = time.perf_counter()
         batch = data.select(cursor.at(step))
         try:
+            if hooks.prepare is not None:
+                batch = hooks.prepare(batch, step)
             raw = update(batch, forward, loss, optimisers, at=step, token_budget=config.micro_batch_tokens)
         except KeyboardInterrupt:
             hooks.save(step)
