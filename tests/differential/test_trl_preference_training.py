@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SEEDS, close, counts, generator, normal, rollout, rows
+from cases import SEEDS, close, counts, rollout, rows
 from peer import Peer
 from torch import Tensor
 
@@ -82,7 +82,7 @@ SAME: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ld_alpha": ("ld_dpo", {**BETA, "tail_weight": 0.4}, {"ld_alpha": 0.4, **BETA}),
     "several": (
         "mixture",
-        {"members": {"dpo": 0.8, "bco_pair": 0.2, "hinge": 0.5}, "settings": {name: BETA for name in ("dpo", "bco_pair", "hinge")}},
+        {"members": {"dpo": 0.8, "bco_pair": 0.2, "hinge": 0.5}, "settings": dict.fromkeys(("dpo", "bco_pair", "hinge"), BETA)},
         {"loss_type": ["sigmoid", "bco_pair", "hinge"], "loss_weights": [0.8, 0.2, 0.5], **BETA},
     ),
 }
