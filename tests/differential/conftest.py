@@ -1,10 +1,11 @@
-"""The three TRL versions, each started once, and float64 throughout."""
+"""The three TRL versions, each started once; the largest difference every test has seen."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+from cases import LARGEST
 from peer import Peer
 
 
@@ -27,3 +28,12 @@ def trl_1_12(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
 @pytest.fixture(scope="session")
 def trl_0_11(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
     yield from start("0.11.4", tmp_path_factory)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if LARGEST:
+        terminalreporter.section("largest difference from TRL")
+    for test, difference in LARGEST.items():
+        file, _, name = test.partition("::")
+        area = file.removeprefix("test_trl_").removesuffix(".py").replace("_", " ")
+        terminalreporter.write_line(f"{difference:8.1e}  {area}: {name.removeprefix('test_').replace('_', ' ')}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from cases import SEEDS, close, generator, normal
@@ -10,6 +13,7 @@ from peer import Peer
 from trimtab.maths.full_kl import full_kl
 from trimtab.maths.kl import adapted_beta
 from trimtab.maths.logprobs import Head, token_logprobs
+from trimtab.models.moving_reference import MovingReference
 from trimtab.rewards.shaping import RewardShaping, ShapingConfig
 
 pytestmark = pytest.mark.differential
@@ -57,7 +61,7 @@ def test_adaptive_coefficient_agrees(trl_0_11: Peer) -> None:
     for kl in measured.tolist():
         beta = adapted_beta(beta, kl, 6.0, 64, 1000)
         ours.append(beta)
-    close(torch.tensor(ours), theirs)
+    close(torch.tensor(ours, dtype=torch.float64), theirs)
 
 
 @pytest.mark.parametrize(("longest", "cache"), [(20, 5), (20, 1), (20, 20)])
@@ -67,3 +71,16 @@ def test_penalty_for_length_agrees(trl_1_16: Peer, longest: int, cache: int) -> 
     theirs = trl_1_16("overlong", {"lengths": lengths}, longest=longest, cache=cache)["rewards"]
     shape = RewardShaping(ShapingConfig(overlong=cache), max_tokens=longest)
     close(shape(torch.zeros(len(lengths), dtype=torch.float64), lengths, torch.zeros(len(lengths), dtype=torch.bool)), theirs)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.6, 0.99])
+def test_moving_reference_agrees(trl_1_16: Peer, decay: float) -> None:
+    """TR-DPO's update; TRL's mixture weight is the policy's, ours (decay) the reference's."""
+    g = generator(0)
+    start, now = normal(g, 5, 4), normal(g, 5, 4)
+    weight = torch.nn.Parameter(start.clone())
+    policy: Any = SimpleNamespace(trainable=lambda: {"weight": weight})
+    reference = MovingReference(policy)
+    weight.data = now
+    reference.move(decay)
+    close(reference.weights["weight"], trl_1_16("synced", {"policy": now, "reference": start}, alpha=1 - decay)["reference"])

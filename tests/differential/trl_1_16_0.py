@@ -19,6 +19,7 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 from trl.rewards import get_soft_overlong_punishment
+from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_config import GRPOConfig
@@ -32,6 +33,7 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 
 COMMON = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
 PAD, EOS = 0, 1
+ACCELERATOR = Accelerator(cpu=True)
 
 
 class Given(torch.nn.Module):
@@ -56,7 +58,7 @@ def said(logprobs: Tensor, **more: Tensor) -> SimpleNamespace:
 def bare(kind: type, args: Any, model: torch.nn.Module | None = None, **attributes: Any) -> Any:
     """A trainer without `__init__`, with what all of them read."""
     trainer = object.__new__(kind)
-    trainer.args, trainer.model, trainer.accelerator = args, model, Accelerator(cpu=True)
+    trainer.args, trainer.model, trainer.accelerator = args, model, ACCELERATOR
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     trainer.aux_loss_enabled, trainer._total_train_tokens, trainer._tp_size = False, 0, 1
     vars(trainer).update(attributes)
@@ -277,3 +279,10 @@ def overlong(t: dict[str, Tensor], longest: int, cache: int) -> dict[str, Tensor
     """The reward function for long responses."""
     reward_of = get_soft_overlong_punishment(longest, cache)
     return {"rewards": torch.tensor(reward_of([[5] * n for n in t["lengths"].tolist()]), dtype=torch.float64)}
+
+
+def synced(t: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """SyncRefModelCallback's move of a reference's weights towards a policy's."""
+    policy, reference = (torch.nn.ParameterList([t[name]]) for name in ("policy", "reference"))
+    SyncRefModelCallback.sync_target_model(policy, reference, alpha)
+    return {"reference": reference[0]}
