@@ -36,7 +36,7 @@ TRL_0.11.4_NEEDS := tyro==0.9.35 docstring-parser==0.18.0 shtab==1.13.0 typeguar
 test-differential: install $(TRL_VERSIONS:%=.trl/%/.installed)  ## compare losses with three versions of TRL
 	$(BIN)/python -m pytest -m differential tests/differential $(ARGS)
 
-.trl/%/.installed:
+.trl/%/.installed: | $(INSTALLED)
 	rm -rf $(@D)
 	$(BIN)/pip install --quiet --no-deps --target $(@D) trl==$* $(TRL_$*_NEEDS) || \
 		{ echo "TRL $* could not be fetched: these tests need a package index (or a folder of wheels in PIP_FIND_LINKS)" >&2; exit 1; }

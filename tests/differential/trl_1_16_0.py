@@ -33,7 +33,6 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 
 COMMON = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
 PAD, EOS = 0, 1
-ACCELERATOR = Accelerator(cpu=True)
 
 
 class Given(torch.nn.Module):
@@ -58,7 +57,7 @@ def said(logprobs: Tensor, **more: Tensor) -> SimpleNamespace:
 def bare(kind: type, args: Any, model: torch.nn.Module | None = None, **attributes: Any) -> Any:
     """A trainer without `__init__`, with what all of them read."""
     trainer = object.__new__(kind)
-    trainer.args, trainer.model, trainer.accelerator = args, model, ACCELERATOR
+    trainer.args, trainer.model, trainer.accelerator = args, model, Accelerator(cpu=True)  # after the config, which resets its state
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     trainer.aux_loss_enabled, trainer._total_train_tokens, trainer._tp_size = False, 0, 1
     vars(trainer).update(attributes)
@@ -284,5 +283,6 @@ def overlong(t: dict[str, Tensor], longest: int, cache: int) -> dict[str, Tensor
 def synced(t: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """SyncRefModelCallback's move of a reference's weights towards a policy's."""
     policy, reference = (torch.nn.ParameterList([t[name]]) for name in ("policy", "reference"))
+    Accelerator(cpu=True)  # TRL looks for DeepSpeed in its state
     SyncRefModelCallback.sync_target_model(policy, reference, alpha)
     return {"reference": reference[0]}
