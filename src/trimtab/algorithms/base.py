@@ -40,7 +40,11 @@ class KLConfig(Config):
         "rao-blackwell: full as a loss with the KL-to-go in the reward (unbiased, least variance)",
     )
     level: Level = Field("token", description="of a loss-placed k1, k2, k3: of each token's log-ratio, or of the whole response's")
-    ratio_weighted: bool = Field(False, description="multiply a loss-placed penalty by the ratio (detached): for several inner epochs")
+    ratio_weighted: bool = Field(
+        False,
+        description="multiply a loss-placed penalty by pi / pi_old. With k1 and k3 the ratio's gradient counts too (DeepSeek-V3.2): of the whole "
+        "response they then have the gradient of the KL; with the others it only corrects later inner epochs",
+    )
     target: float | None = Field(None, gt=0, description="adapt beta so that KL per response (nats) comes near this; null keeps beta fixed")
     horizon: int = Field(10_000, gt=0, description="responses over which an adaptive beta can change by a factor of about e")
 
@@ -83,7 +87,8 @@ class KLPenalty:
             logprobs, reference, old = columns
         penalty = self._estimate(logprobs, reference, outputs.full_kl)
         if self.config.ratio_weighted:
-            penalty = penalty * (logprobs - old).exp().detach()
+            ratio = (logprobs - old).exp()
+            penalty = penalty * (ratio if self.config.estimator in ("k1", "k3") else ratio.detach())
         if self.config.level == "sequence":
             ones = torch.ones_like(penalty)
             penalty = penalty / response_sum(ones, batch.mask, batch.response_of_token).clamp(min=1)

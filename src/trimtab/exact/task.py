@@ -143,8 +143,9 @@ def _transformer(task: Task, seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=task.vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=32, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        vocab_size=task.vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config).double()
     generator = seeds.generator(seed, "start of an exact task")
