@@ -28,6 +28,8 @@ class Outputs:
     full_kl:  KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t)) over the whole vocabulary at every response token.
     values:   V(x, y_<t): the value of the state *before* every response token.
     scores:   r(x, y): one score per response, read at its last token.
+    members:  the scores of every head of an ensemble, whose mean `scores` is.
+    token_scores: a score of every response token, read in the state *after* it.
     """
 
     logprobs: Float[Tensor, " tokens"] | None = None
@@ -35,6 +37,8 @@ class Outputs:
     values: Float[Tensor, " tokens"] | None = None
     scores: Float[Tensor, " responses"] | None = None
     full_kl: Float[Tensor, " tokens"] | None = None
+    members: Float[Tensor, "responses heads"] | None = None
+    token_scores: Float[Tensor, " tokens"] | None = None
 
 
 @dataclass(frozen=True)

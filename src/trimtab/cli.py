@@ -55,6 +55,12 @@ COMMANDS = {
         "trimtab.stages.implicit:implicit_reward",
         "action",
     ),
+    "audit": Command(
+        "where a reward model is right, how sure it is, and whether length decides",
+        "trimtab.stages.audit:AuditConfig",
+        "trimtab.cli:_audit",
+        "action",
+    ),
     "sample": Command("sample responses, or keep the best of n", "trimtab.stages.sample:SampleConfig", "trimtab.cli:_sample", "action"),
     "judge": Command(
         "compare samples with a language model as the judge", "trimtab.stages.judge:JudgeConfig", "trimtab.stages.judge:judge", "action"
@@ -185,6 +191,27 @@ def _sample(config: Any) -> None:
                         {"prompt": group.prompt.as_text, "response": response.text, "truncated": response.truncated}, ensure_ascii=False
                     )
                 )
+
+
+def _audit(config: Any) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from trimtab.stages.audit import audit, table_rows
+
+    result = audit(config)
+    table = Table(
+        "", "estimate", "95 % interval", "n", title=f"{escape(config.model)}: {result['n']} {result['judgements']}", title_justify="left"
+    )
+    for name, found in table_rows(result):
+        numbers = found or {}
+        interval = f"{numbers['low']:.3g} to {numbers['high']:.3g}" if "low" in numbers else ""
+        table.add_row(
+            escape(name), f"{numbers['estimate']:.4g}" if found else "not to be had from these data", interval, str(numbers.get("n", ""))
+        )
+    Console().print(table)
+    print(f"{Path(config.output) / 'audit.json'}")
 
 
 def _report(words: list[str]) -> int:

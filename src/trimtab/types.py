@@ -5,6 +5,7 @@ Plain frozen data, importable without torch. Token sequences are tuples of ints;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -79,7 +80,21 @@ class Group:
         return replace(self, responses=tuple(self.responses[i] for i in indices))
 
 
-JudgementKind = Literal["pair", "ranking", "rating", "binary"]
+JudgementKind = Literal["pair", "ranking", "rating", "binary", "process"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a solution, and whether it is right.
+
+    text:  the step as it was written.
+    end:   which response token is its last one (the state after it is where the step is judged).
+    label: 1 right, 0 wrong, None neutral (not used).
+    """
+
+    text: str
+    end: int
+    label: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +105,17 @@ class Comparison:
     kind "ranking": scores K-1 .. 0 from best to worst; equal scores are a tie.
     kind "rating":  the numbers given by the annotator, on the annotator's own scale.
     kind "binary":  1 for good, 0 for bad; one response or several.
+    kind "process": one response whose `steps` were judged; its score is 1 if none of them is wrong, else 0.
     margin:         how much better the chosen one is (pairs only), in reward units; 0 if unknown.
+    probability:    how sure it is that the first response is the better one (pairs only); 1 is a plain choice.
     """
 
     group: Group
     scores: tuple[float, ...]
     kind: JudgementKind = "pair"
     margin: float = 0.0
+    probability: float = 1.0
+    steps: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.scores) != len(self.group.responses):
@@ -110,7 +129,16 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a reward says of one response: the total, and the named parts it is made of."""
+    """What a reward says of one response: the total, and the named parts it is made of.
+
+    placed: where it was earned: (response token, reward) pairs that add up to the total; a token may occur again. Empty: all at the
+            last token.
+    """
 
     total: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    placed: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.placed and not math.isclose(sum(value for _, value in self.placed), self.total, rel_tol=1e-6, abs_tol=1e-6):
+            raise ValueError(f"rewards placed on tokens add up to {sum(value for _, value in self.placed)}, not to {self.total}")

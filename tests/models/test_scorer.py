@@ -55,3 +55,18 @@ def test_a_new_critic_starts_at_zero_and_a_reward_head_does_not(tmp_path: Path) 
     config = ModelConfig(path=str(tmp_path / "base"), dtype="float32")
     assert (Scorer.load(config, head="zero").values(Batch((GROUP,))).values == 0).all()
     assert Scorer.load(config, head="normal").head.weight.std().item() == pytest.approx(1 / 33**0.5, rel=0.4)
+
+
+def test_gain_and_bias_reach_every_reading_and_are_kept(tmp_path: Path) -> None:
+    tiny.folder(tmp_path / "base")
+    scorer = Scorer.load(ModelConfig(path=str(tmp_path / "base"), dtype="float32"), head="normal", heads=2)
+    readings = {"scores": scorer.scores, "values": scorer.values, "token_scores": scorer.token_scores}
+    raw = scorer.scores(Batch((GROUP,))).members
+    plain = {name: getattr(read(Batch((GROUP,))), name) for name, read in readings.items()}
+    scorer.normalise([4.0, 4.0], [0.0, 0.0])
+    scorer.normalise([0.5, 0.5], [1.0, 1.0])  # on top of the first: 0.5 (4 r) + 1
+    for name, read in readings.items():
+        assert torch.allclose(getattr(read(Batch((GROUP,))), name), 2 * plain[name] + 1, atol=1e-6)
+    again = Scorer.load(ModelConfig(path=str(scorer.save(tmp_path / "saved")), dtype="float32"), head="saved")
+    assert torch.allclose(again.scores(Batch((GROUP,))).members, 2 * raw + 1, atol=1e-6)
+    assert Scorer.load(ModelConfig(path=str(tmp_path / "saved"), dtype="float32"), head="zero").heads == 1  # a new head is plain

@@ -46,6 +46,7 @@ class DataConfig(Config):
         "a plain prompt loses its beginning; a chat prompt cannot be cut, so its row is skipped",
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="a row that cannot be used: stop, or skip and list it")
+    step_separator: str = Field("\n", description="what is put between the steps of a {steps, labels} row")
     holdout: float = Field(0.0, ge=0, lt=1, description="share of prompts kept for evaluation, chosen by a hash of the prompt's text")
 
     @field_validator("path")
@@ -104,7 +105,15 @@ def load_comparisons(config: DataConfig, template: Template) -> Loaded[Compariso
 
     Raises DataError naming file, row, column and fix; ConfigError for settings that do not fit comparisons.
     """
-    return _load(config, "comparisons", lambda columns: shapes.comparison(columns, template, config.shape), template)
+    return _load(config, "comparisons", lambda columns: shapes.comparison(columns, template, config.shape, config.step_separator), template)
+
+
+def load_samples(config: DataConfig, template: Template) -> Loaded[Group]:
+    """Read responses that nobody judged (see `shapes.sample`), such as `trimtab sample` writes.
+
+    Raises DataError naming file, row, column and fix; ConfigError for settings that do not fit samples.
+    """
+    return _load(config, "samples", lambda columns: shapes.sample(columns, template, config.shape), template)
 
 
 def to_row(comparison: Comparison) -> dict[str, Any]:
@@ -125,7 +134,11 @@ def to_row(comparison: Comparison) -> dict[str, Any]:
             row[name] = answers[i]
             if cut[i]:
                 row[f"{name}_truncated"] = True
-        return row | ({"margin": comparison.margin} if comparison.margin else {})
+        unsure = {} if comparison.probability == 1 else {"probability": comparison.probability}
+        return row | ({"margin": comparison.margin} if comparison.margin else {}) | unsure
+    if kind == "process":
+        row |= {"steps": [step.text for step in comparison.steps], "labels": [step.label for step in comparison.steps]}
+        return row | ({"truncated": True} if cut[0] else {})
     scores = list(comparison.scores)
     if kind == "binary" and len(answers) == 1:
         row |= {"completion": answers[0], "label": bool(scores[0])}
@@ -241,7 +254,8 @@ def _fit(record: T, config: DataConfig, template: Template) -> T:
     if isinstance(record, Prompt):
         return _fit_prompt(record, config, template)
     if isinstance(record, Comparison):
-        return replace(record, group=_fit(record.group, config, template))
+        group = _fit(record.group, config, template)
+        return replace(record, group=group, steps=tuple(step for step in record.steps if step.end < len(group.responses[0].tokens)))
     prompt = _fit_prompt(record.prompt, config, template)
     return Group(prompt, tuple(_fit_response(response, config, template) for response in record.responses))
 

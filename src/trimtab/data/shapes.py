@@ -9,14 +9,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
+from trimtab.data.segments import last_tokens
 from trimtab.data.templates import Template, turns_of
 from trimtab.errors import DataError
-from trimtab.types import Comparison, Group, Message, Prompt, Response
+from trimtab.types import Comparison, Group, Message, Prompt, Response, Step
 
-Kind = Literal["prompts", "demonstrations", "comparisons"]
-Shape = Literal["prompt", "messages", "completion", "text", "pair", "ranking", "rating", "binary"]
+Kind = Literal["prompts", "demonstrations", "comparisons", "samples"]
+Shape = Literal["prompt", "messages", "completion", "text", "pair", "ranking", "rating", "binary", "process", "responses"]
 Turns = Literal["last", "all"]
 
 
@@ -39,10 +41,15 @@ SHAPES: Mapping[Kind, Mapping[Shape, Needs]] = {
         "text": Needs((("text",),), ("truncated",)),
     },
     "comparisons": {
-        "pair": Needs((("chosen", "rejected"),), ("prompt", "margin", "chosen_truncated", "rejected_truncated")),
+        "pair": Needs((("chosen", "rejected"),), ("prompt", "margin", "probability", "chosen_truncated", "rejected_truncated")),
+        "process": Needs((("prompt", "steps", "labels"),), ("truncated",)),
         "binary": Needs((("prompt", "completion", "label"), ("prompt", "responses", "labels")), ("truncated",)),
         "rating": Needs((("prompt", "completion", "rating"), ("prompt", "responses", "scores")), ("truncated",)),
         "ranking": Needs((("prompt", "responses"),), ("ranks", "scores", "truncated")),
+    },
+    "samples": {
+        "completion": Needs((("prompt", "completion"),), ("truncated",)),
+        "responses": Needs((("prompt", "responses"),), ("truncated",)),
     },
 }
 NAMES = frozenset(
@@ -156,31 +163,36 @@ def demonstration(columns: Columns, template: Template, shape: Shape | None, tur
         return Group(given, (template.response(given, messages[start_of_answer:], cut),))
 
 
-def comparison(columns: Columns, template: Template, shape: Shape | None) -> Comparison:
+def sample(columns: Columns, template: Template, shape: Shape | None) -> Group:
+    """A row as a prompt and responses that nobody judged: {prompt, responses} or {prompt, completion}."""
+    shape = detect(columns, "samples", shape)
+    return _answered(columns, template, columns.rest("samples", shape), "responses" if shape == "responses" else "completion")
+
+
+def comparison(columns: Columns, template: Template, shape: Shape | None, separator: str = "\n") -> Comparison:
     """A row as a comparison; what was said of the responses becomes one score each (see `Comparison`).
 
     pair:    {chosen, rejected} and a prompt, or two conversations that begin alike.
     ranking: {prompt, responses}, best first, or with "ranks" (1 is best, equal ranks tie) or "scores".
     rating:  {prompt, responses, scores} or {prompt, completion, rating}.
     binary:  {prompt, completion, label} or {prompt, responses, labels}, labels being true or false.
+    process: {prompt, steps, labels}: a solution cut into steps, joined by `separator`; labels are 1, 0 or null (neutral).
     """
     shape = detect(columns, "comparisons", shape)
     rest = columns.rest("comparisons", shape)
     if shape == "pair":
         return _pair(columns, template, rest)
-    given = _prompt(columns, template, rest)
+    if shape == "process":
+        return _process(columns, template, rest, separator)
     many = "responses" in columns
-    name = "responses" if many else "completion"
-    answers = columns.items(name) if many else [columns[name]]
-    cut = columns.flags("truncated", len(answers))
-    responses = tuple(_response(template, given, a, c, name) for a, c in zip(answers, cut, strict=True))
-    group = Group(given, responses)
+    group = _answered(columns, template, rest, "responses" if many else "completion")
+    count = len(group.responses)
     if shape == "binary":
-        labels = columns.flags("labels", len(answers)) if many else [columns.flag("label")]
+        labels = columns.flags("labels", count) if many else [columns.flag("label")]
         return Comparison(group, tuple(float(label) for label in labels), "binary")
     if shape == "rating":
-        return Comparison(group, tuple(columns.numbers("scores", len(answers)) if many else [columns.number("rating")]), "rating")
-    return Comparison(group, _ranking(columns, len(answers)), "ranking")
+        return Comparison(group, tuple(columns.numbers("scores", count) if many else [columns.number("rating")]), "rating")
+    return Comparison(group, _ranking(columns, count), "ranking")
 
 
 def check_different(group: Group, scores: Sequence[float]) -> None:
@@ -208,7 +220,42 @@ def _pair(columns: Columns, template: Template, rest: dict[str, Any]) -> Compari
     margin = columns.number("margin") if "margin" in columns else 0.0
     if margin < 0:
         raise DataError(f"the margin is negative: {margin}", where="margin", fix="swap chosen and rejected, or leave it out")
-    return Comparison(Group(given, (chosen, rejected)), (1.0, 0.0), "pair", margin)
+    probability = columns.number("probability") if "probability" in columns else 1.0
+    if not 0.5 <= probability <= 1:
+        fix = "give the probability that chosen is better, and call the likelier one chosen"
+        raise DataError(f"the probability is not between 0.5 and 1: {probability}", where="probability", fix=fix)
+    return Comparison(Group(given, (chosen, rejected)), (1.0, 0.0), "pair", margin, probability)
+
+
+def _answered(columns: Columns, template: Template, rest: dict[str, Any], name: str) -> Group:
+    """A prompt with its responses: a list in `responses`, one in `completion`."""
+    given = _prompt(columns, template, rest)
+    answers = columns.items(name) if name == "responses" else [columns[name]]
+    cut = columns.flags("truncated", len(answers))
+    return Group(given, tuple(_response(template, given, a, c, name) for a, c in zip(answers, cut, strict=True)))
+
+
+def _process(columns: Columns, template: Template, rest: dict[str, Any], separator: str) -> Comparison:
+    texts = [_text(step) for step in columns.items("steps")]
+    labels = [_step_label(label) for label in columns.items("labels")]
+    if len(labels) != len(texts) or not texts:
+        raise DataError(
+            f"{len(labels)} labels for {len(texts)} steps", where="labels", fix="give one label per step, and at least one step"
+        )
+    given = _prompt(columns, template, rest)
+    response = _response(template, given, separator.join(texts), columns.flag("truncated"), "steps")
+    lead = len(response.text) - len(separator.join(texts))  # a space that was put before the answer
+    starts = accumulate((len(text) + len(separator) for text in texts[:-1]), initial=lead)
+    ends = [start + len(text.rstrip()) for start, text in zip(starts, texts, strict=True)]  # white space at its end is none of a step
+    tokens = last_tokens(template, response.tokens, ends)
+    steps = tuple(Step(text, token, label) for text, token, label in zip(texts, tokens, labels, strict=True))
+    return Comparison(Group(given, (response,)), (float(all(label != 0 for label in labels)),), "process", steps=steps)
+
+
+def _step_label(value: Any) -> float | None:
+    if value not in (None, 0, 1):
+        raise DataError(f"expected 1, 0 or null, got {value!r}", where="labels", fix="write 1 (right), 0 (wrong) or null (neutral)")
+    return None if value is None else float(value)
 
 
 def _shared_prompt(columns: Columns, template: Template, rest: dict[str, Any]) -> tuple[Prompt, list[str | tuple[Message, ...]]]:

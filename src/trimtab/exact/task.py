@@ -29,7 +29,7 @@ class Task:
     """All responses of at most `length` tokens over `vocabulary` tokens (token 0 ends a response), to one or more prompts.
 
     rewards: "random": N(0, 1) for every response. "places": a N(0, 0.6^2) weight for every token at every place, added up.
-             "pattern": +1 for every "ab", -1 for every "bb" and -0.2 for every token, the prompt's included.
+             "pattern": +1 for every "ab" and -1 for every "bb" in prompt and response.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Task:
             weights = 0.6 * torch.randn(shape, dtype=torch.float64, generator=seeds.generator(self.seed, "weights of an exact task"))
             return torch.stack([torch.stack([w[range(len(r.tokens)), r.tokens].sum() for r in self.responses]) for w in weights])
         texts = [[prompt + r.text for r in self.responses] for prompt in self.prompts]
-        return torch.tensor([[t.count("ab") - t.count("bb") - 0.2 * len(t) for t in row] for row in texts], dtype=torch.float64)
+        return torch.tensor([[float(t.count("ab") - t.count("bb")) for t in row] for row in texts], dtype=torch.float64)
 
     def write_prompts(self, path: Path) -> Path:
         """The prompts as data; each row carries the rewards of all its responses for `from_row`."""
@@ -143,16 +143,16 @@ def _transformer(task: Task, seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=task.vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=task.vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         max_position_embeddings=32, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config).double()
     generator = seeds.generator(seed, "start of an exact task")
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            scale = 1.0 if "embed" in name else 2 * parameter.shape[1] ** -0.5
+            scale = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
             parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=generator) * scale
-    model.lm_head.weight.data *= 0.25  # a reference that leaves no response unsampled
+    model.lm_head.weight.data *= 0.5  # a reference that leaves no response unsampled
     return model
 
 

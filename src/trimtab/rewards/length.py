@@ -73,7 +73,8 @@ class LengthDebiased:
 
     def _one(self, score: Score, length: float) -> Score:
         explained = self.line.slope * (length - self.line.mean_x)
-        return Score(score.total - explained, {**score.parts, f"{self.name}_by_length": explained})
+        placed = (*score.placed, (score.placed[-1][0], -explained)) if score.placed else ()  # length is known at the end
+        return Score(score.total - explained, {**score.parts, f"{self.name}_by_length": explained}, placed)
 
     def state_dict(self) -> dict[str, Any]:
         """The running sums, as JSON values."""

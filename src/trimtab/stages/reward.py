@@ -1,20 +1,30 @@
-"""Reward modelling: a scalar score per response, trained so that the preferred response scores higher.
+"""Reward modelling: scores trained on human judgements, of whole responses or of the steps and tokens they are made of.
 
-minimise  -log sigma(r(x, y_chosen) - r(x, y_rejected) - margin)     over all pairs of every prompt
+bradley-terry   -log sigma(r(x, y_chosen) - r(x, y_rejected) - margin)      over all pairs of every prompt
+plackett-luce   -log P(the whole ranking)
+hinge           max(0, margin - (r(x, y_chosen) - r(x, y_rejected)))
+pointwise       (rating - r(x, y))^2
+process         -log P(label) of every judged step, read at its last token
+outcome         -log P(label of the response) at every token of it
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from trimtab import seeds
 from trimtab.batch import Batch, Counts, Loss, Outputs, observe
-from trimtab.data.records import DataConfig, load_comparisons
-from trimtab.maths.reward_losses import bradley_terry, centring
+from trimtab.config import Config
+from trimtab.data.records import DataConfig, load_comparisons, load_samples
+from trimtab.errors import ConfigError, DataError
+from trimtab.maths import reward_losses
+from trimtab.maths.reductions import aggregate
 from trimtab.maths.statistics import wilson_interval
 from trimtab.models.loading import ModelConfig
 from trimtab.models.scorer import Scorer
@@ -22,6 +32,46 @@ from trimtab.protocols import Tracker
 from trimtab.stages.common import StageConfig, check_lengths, comparison_batch, pair_mean, save_checkpoint
 from trimtab.training.fit import FitConfig, Hooks, fit
 from trimtab.training.optimiser import OptimConfig, Optimiser
+from trimtab.types import Comparison
+
+Kind = Literal["bradley-terry", "plackett-luce", "hinge", "pointwise", "process", "outcome"]
+READS: Mapping[Kind, Literal["response", "step", "token"]] = {
+    "bradley-terry": "response", "plackett-luce": "response", "hinge": "response", "pointwise": "response", "process": "step",
+    "outcome": "token",
+}  # fmt: skip
+"""Where a loss reads the score: at the end of a response, at the end of its steps, or at every token."""
+
+
+class RewardLossConfig(Config):
+    """What is learnt from which judgements."""
+
+    kind: Kind = Field(
+        "bradley-terry",
+        description="bradley-terry and hinge: all pairs of every prompt; plackett-luce: whole rankings; pointwise: ratings, by squared "
+        "error; process: labels of steps; outcome: one label per response, learnt at every token",
+    )
+    margin: float | None = Field(
+        None, ge=0, description="how far apart a pair should be, on top of the row's own margin (null: 1 for hinge, else 0)"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="bradley-terry: assumed probability that a label is flipped")
+    centring: float = Field(
+        0.01, ge=0, description="pairs and rankings: weight of (r_chosen + r_rejected)^2, which pins the scores' free constant near 0"
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> RewardLossConfig:
+        if self.label_smoothing and self.kind != "bradley-terry":
+            raise ValueError("loss.label_smoothing is of bradley-terry only")
+        if self.margin is not None and self.kind not in ("bradley-terry", "hinge"):
+            raise ValueError("loss.margin is of bradley-terry and hinge only")
+        return self
+
+
+class EnsembleConfig(Config):
+    """Several heads on one trunk: each learns from its own resampling of the prompts, so that they differ where data are few."""
+
+    members: int = Field(1, gt=0, description="how many heads; 4 or 5 are enough to see where they disagree")
+    bootstrap: bool = Field(True, description="weigh every prompt by its own Poisson(1) number for each head; false: all see the same")
 
 
 class RewardModelConfig(StageConfig):
@@ -29,66 +79,272 @@ class RewardModelConfig(StageConfig):
 
     output: str = Field("runs/reward", description="the run directory to write")
     model: ModelConfig = Field(default_factory=ModelConfig, description="the language model whose trunk gets a score head")
-    data: DataConfig = Field(description="comparisons: chosen and rejected, rankings, or ratings; set data.holdout to measure accuracy")
+    data: DataConfig = Field(
+        description="comparisons: chosen and rejected, rankings, ratings, labels, or steps; set data.holdout to measure accuracy"
+    )
+    loss: RewardLossConfig = Field(default_factory=RewardLossConfig)
+    ensemble: EnsembleConfig = Field(default_factory=EnsembleConfig)
     fit: FitConfig = Field(default_factory=FitConfig)
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=2e-5))
     head_optim: OptimConfig = Field(
         default_factory=lambda: OptimConfig(lr=1e-3), description="the score head's optimiser: it starts from nothing and must move further"
     )
-    head: Literal["zero", "normal", "saved"] = Field(
-        "zero",
-        description="the score head's start: zero (no opinion), N(0, 1/(d+1)), or as saved in a reward model that is trained further",
+    head: Literal["zero", "normal", "saved"] | None = Field(
+        None,
+        description="the score head's start: zero (no opinion), N(0, 1/(d+1)), or as saved in a reward model that is trained further; "
+        "null: zero for one head, normal for an ensemble",
     )
-    centring: float = Field(0.01, ge=0, description="weight of (r_chosen + r_rejected)^2, which pins the scores' free constant near 0")
+    normalise: DataConfig | None = Field(
+        None,
+        description="responses of the policy's start ({prompt, responses} or {prompt, completion}, as `trimtab sample` writes them), on "
+        "which the saved model's scores shall have mean 0 and standard deviation 1",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> RewardModelConfig:
+        if READS[self.loss.kind] != "response" and (self.ensemble.members > 1 or self.normalise is not None):
+            raise ValueError(f"ensemble.members and normalise are for scores of responses, not for loss.kind={self.loss.kind}")
+        if self.ensemble.members > 1 and self.head == "zero":
+            raise ValueError("head=zero starts all members of an ensemble alike; set head=normal")
+        return self
 
 
 def reward(config: RewardModelConfig, run: Path, tracker: Tracker) -> dict[str, float]:
     """Train a reward model; returns the last metrics, with held-out accuracy, its interval and two baselines."""
-    scorer = Scorer.load(config.model, head=config.head, template=config.data.template)
+    scorer, members = _scorer(config), config.ensemble.members
     comparisons = load_comparisons(config.data, scorer.template)
     comparisons.report(tracker)
+    check_fit(comparisons.records, config.loss.kind)
     check_lengths([c.group for c in (*comparisons.records, *comparisons.holdout)], scorer.context, "a comparison")
-    data, held_out = comparison_batch(comparisons.records), comparison_batch(comparisons.holdout)
-
-    def loss(outputs: Outputs, batch: Batch, counts: Counts) -> Loss:
-        assert outputs.scores is not None
-        better, worse = batch.pairs()
-        r_better, r_worse = outputs.scores[better], outputs.scores[worse]
-        terms = bradley_terry(r_better, r_worse, batch.responses["margin"][better].to(r_better.dtype))
-
-        def mean(x: Tensor) -> Tensor:
-            return pair_mean(x, better, batch, counts)
-
-        value = mean(terms + config.centring * centring(r_better, r_worse))
-        means = {"loss/pair": mean(terms), "train/accuracy": mean((r_better > r_worse).double()), "train/margin": mean(r_better - r_worse)}
-        return Loss(value, means)
+    data, held_out = (reward_batch(part, config.loss.kind) for part in (comparisons.records, comparisons.holdout))
+    if members > 1 and config.ensemble.bootstrap:
+        data = data.with_responses(**bootstrap_weights(data, members, config.seed))
+    reference = None if config.normalise is None else _reference(config.normalise, scorer, tracker)
+    budget = config.fit.micro_batch_tokens
 
     def evaluate() -> dict[str, float]:
-        return accuracy(scorer, held_out, config.fit.micro_batch_tokens) if held_out.groups else {}
+        return held_out_metrics(scorer, held_out, config.loss.kind, budget) if held_out.groups else {}
 
-    hooks = Hooks(evaluate, lambda step: save_checkpoint(run, step, tracker, model=scorer))
+    def save(step: int) -> None:
+        trained = scorer.note
+        if reference is not None:
+            normalise(scorer, reference, budget)
+        save_checkpoint(run, step, tracker, model=scorer)
+        scorer.note = trained  # the loss goes on seeing the heads' own scale
+
     steps, parameters = config.fit.total_steps(len(data.groups)), scorer.trainable()
     head = {name: parameters.pop(name) for name in list(parameters) if "score." in name}
     optimisers = [Optimiser(parameters, config.optim, steps), Optimiser(head, config.head_optim, steps)]
-    metrics = fit(data, scorer.scores, loss, optimisers, config.fit, tracker, hooks, seed=config.seed)
+    forward = scorer.scores if READS[config.loss.kind] == "response" else scorer.token_scores
+    metrics = fit(data, forward, reward_loss(config.loss), optimisers, config.fit, tracker, Hooks(evaluate, save), seed=config.seed)
     tracker.event("result", **{name: value for name, value in metrics.items() if name.startswith("eval/")})
     return metrics
 
 
-def accuracy(scorer: Scorer, batch: Batch, token_budget: int) -> dict[str, float]:
-    """How often the preferred response scores higher, with a Wilson 95 % interval, beside what its length alone would say."""
-    scores = observe(batch, scorer.scores, token_budget=token_budget).scores
+def _scorer(config: RewardModelConfig) -> Scorer:
+    members = config.ensemble.members
+    head = config.head or ("zero" if members == 1 else "normal")
+    scorer = Scorer.load(config.model, head=head, template=config.data.template, heads=members)
+    if scorer.heads != members:
+        fix = f"set ensemble.members={scorer.heads}"
+        raise ConfigError(f"the saved reward model has {scorer.heads} heads, not {members}", where="ensemble.members", fix=fix)
+    scorer.note = scorer.note.model_copy(update={"reads": READS[config.loss.kind]})
+    return scorer
+
+
+def _reference(config: DataConfig, scorer: Scorer, tracker: Tracker) -> Batch:
+    samples = load_samples(config, scorer.template)
+    check_lengths(samples.records, scorer.context, "a reference response")
+    tracker.event("reference", records=len(samples.records), skipped_rows=[f"{place}: {reason}" for place, reason in samples.skipped])
+    return Batch(tuple(samples.records))
+
+
+NEEDS: Mapping[Kind, tuple[tuple[str, ...], str]] = {
+    "bradley-terry": (("pair", "ranking", "rating", "binary"), "chosen and rejected, or a ranking"),
+    "hinge": (("pair", "ranking", "rating", "binary"), "chosen and rejected, or a ranking"),
+    "plackett-luce": (("pair", "ranking", "rating"), "a ranking without ties"),
+    "pointwise": (("rating", "binary"), "ratings"),
+    "process": (("process",), "steps and labels"),
+    "outcome": (("binary", "process"), "a label"),
+}  # fmt: skip
+"""Which judgements a loss can learn from, and how to say so."""
+
+
+def check_fit(comparisons: Sequence[Comparison], kind: Kind) -> None:
+    """Refuse judgements that a loss cannot learn from. Raises DataError naming the row's prompt and the fix."""
+    kinds, words = NEEDS[kind]
+    for c in comparisons:
+        tied = kind == "plackett-luce" and len(set(c.scores)) < len(c.scores)
+        if c.kind not in kinds or tied:
+            what = "a ranking with ties" if tied else f"of the kind {c.kind}"
+            where = f"prompt {c.group.prompt.as_text[:50]!r}"
+            raise DataError(f"loss.kind={kind} needs {words}; this row is {what}", where=where, fix="set another loss.kind, or data.where")
+    if kind in ("bradley-terry", "hinge") and not any(c.pairs() for c in comparisons):
+        fix = "give several responses to a prompt, or set loss.kind=pointwise or outcome"
+        raise DataError("no row has two responses of which one is better", where="data", fix=fix)
+
+
+def reward_batch(comparisons: Sequence[Comparison], kind: Kind) -> Batch:
+    """`comparison_batch`, with the response column `probability`; for steps the token columns `label` and `judged` too."""
+    sure = [c.probability for c in comparisons for _ in c.scores]
+    batch = comparison_batch(comparisons).with_responses(probability=torch.tensor(sure, dtype=torch.float64))
+    if kind != "process":
+        return batch
+    label, judged = torch.zeros(sum(batch.lengths), dtype=torch.float64), torch.zeros(sum(batch.lengths), dtype=torch.bool)
+    starts = batch.last_token - torch.tensor(batch.lengths) + 1
+    for c, start in zip(comparisons, starts.tolist(), strict=True):
+        for step in c.steps:
+            if step.label is not None:
+                label[start + step.end], judged[start + step.end] = step.label, True
+    return batch.with_tokens(label=label, judged=judged)
+
+
+def bootstrap_weights(batch: Batch, members: int, seed: int) -> dict[str, Tensor]:
+    """Response columns `weight_k`: how often head k sees a prompt, Poisson(1) (Oza and Russell 2001).
+
+    They depend on seed, prompt and head alone: all responses to a prompt weigh the same, in whatever order it comes.
+    """
+
+    def weight(text: str, head: int) -> float:
+        return float(torch.poisson(torch.ones(()), generator=seeds.generator(seed, f"bootstrap {text}", head)))
+
+    tables = [[weight(group.prompt.as_text, k) for group in batch.groups] for k in range(members)]
+    return {f"weight_{k}": torch.tensor(table, dtype=torch.float64)[batch.group_of_response] for k, table in enumerate(tables)}
+
+
+def reward_loss(config: RewardLossConfig) -> Callable[[Outputs, Batch, Counts], Loss]:
+    """The loss of a recipe, for outputs of `scores` (every head its own loss; their mean counts) or `token_scores`."""
+
+    def of_tokens(outputs: Outputs, batch: Batch, counts: Counts) -> Loss:
+        assert outputs.token_scores is not None
+        return _token_loss(outputs.token_scores, batch, counts, config.kind)
+
+    def of_responses(outputs: Outputs, batch: Batch, counts: Counts) -> Loss:
+        assert outputs.members is not None
+        heads = outputs.members.unbind(1)
+        parts = [_response_loss(r, batch.responses.get(f"weight_{k}"), batch, counts, config) for k, r in enumerate(heads)]
+        value = torch.stack([part.value for part in parts]).mean()
+        return Loss(value, {name: torch.stack([part.means[name] for part in parts]).mean() for name in parts[0].means})
+
+    return of_responses if READS[config.kind] == "response" else of_tokens
+
+
+def _response_loss(r: Tensor, weight: Tensor | None, batch: Batch, counts: Counts, config: RewardLossConfig) -> Loss:
+    """One head's loss; `weight` is per response."""
+    weight = torch.ones_like(r) if weight is None else weight.to(r.dtype)
+    if config.kind == "pointwise":
+        terms = reward_losses.pointwise(r, batch.responses["judgement"].to(r.dtype))
+        return Loss((terms * weight).sum() / counts.responses, {"loss/squared_error": terms.sum() / counts.responses})
+    better, worse = batch.pairs()
+
+    def mean(x: Tensor) -> Tensor:
+        return pair_mean(x, better, batch, counts)
+
+    centring = config.centring * mean(weight[better] * reward_losses.centring(r[better], r[worse]))
+    means = {"train/accuracy": mean((r[better] > r[worse]).double()), "train/margin": mean(r[better] - r[worse])}
+    if config.kind == "plackett-luce":
+        terms = _rankings(r, batch)
+        return Loss((terms * weight).sum() / counts.groups + centring, {"loss/ranking": terms.sum() / counts.groups, **means})
+    terms = _pair_terms(r[better], r[worse], better, batch, config)
+    return Loss(mean(weight[better] * terms) + centring, {"loss/pair": mean(terms), **means})
+
+
+def _pair_terms(r_better: Tensor, r_worse: Tensor, better: Tensor, batch: Batch, config: RewardLossConfig) -> Tensor:
+    margin, probability = (batch.responses[name][better].to(r_better.dtype) for name in ("margin", "probability"))
+    if config.kind == "hinge":
+        return reward_losses.hinge(r_better, r_worse, margin + (1.0 if config.margin is None else config.margin))
+    return reward_losses.bradley_terry(r_better, r_worse, margin + (config.margin or 0.0), probability, config.label_smoothing)
+
+
+def _rankings(r: Tensor, batch: Batch) -> Tensor:
+    """The Plackett-Luce terms of every group's ranking, one per response (in the order of the ranking)."""
+    sizes = [len(group.responses) for group in batch.groups]
+    judged = batch.responses["judgement"].split(sizes)
+    lists = [reward_losses.plackett_luce(own[said.argsort(descending=True)]) for own, said in zip(r.split(sizes), judged, strict=True)]
+    return torch.cat(lists)
+
+
+def _token_loss(logits: Tensor, batch: Batch, counts: Counts, kind: Kind) -> Loss:
+    """Every response weighs the same, and within it every judged step or token."""
+    owner = batch.response_of_token
+    if kind == "process":
+        mask, label = batch.tokens["judged"], batch.tokens["label"].to(logits.dtype)
+        terms = reward_losses.process_bce(logits, label, mask)
+    else:
+        mask, outcome = batch.mask, batch.responses["judgement"].to(logits.dtype)
+        terms, label = reward_losses.outcome_bce(logits, outcome, owner, mask), outcome[owner]
+
+    def mean(x: Tensor) -> Tensor:
+        return aggregate(x, mask, owner, "sequence", tokens=counts.tokens, responses=counts.responses)
+
+    right = ((logits > 0) == (label > 0.5)).to(logits.dtype)
+    return Loss(mean(terms), {f"loss/{kind}": mean(terms), "train/accuracy": mean(right)})
+
+
+def normalise(scorer: Scorer, reference: Batch, token_budget: int) -> None:
+    """Give every head mean 0 and standard deviation 1 on reference responses. Raises DataError if it scores them all alike."""
+    members = observe(reference, scorer.scores, token_budget=token_budget).members
+    assert members is not None
+    try:
+        gain, bias = zip(*(reward_losses.normalisation(r.double()) for r in members.unbind(1)), strict=True)
+    except ValueError as error:
+        raise DataError(str(error), where="normalise", fix="give several different responses") from None
+    scorer.normalise(gain, bias)
+
+
+def held_out_metrics(scorer: Scorer, batch: Batch, kind: Kind, token_budget: int) -> dict[str, float]:
+    """How well held-out judgements are predicted: accuracy with its interval, and what else the loss is about."""
+    if READS[kind] != "response":
+        return _token_accuracy(scorer, batch, kind, token_budget)
+    metrics = accuracy(scorer, batch, token_budget) if len(batch.pairs()[0]) else {}
+    if kind != "pointwise":
+        return metrics
+    scores, ratings = observe(batch, scorer.scores, token_budget=token_budget).scores, batch.responses["judgement"]
     assert scores is not None
+    return metrics | {"eval/squared_error": float((scores - ratings).square().mean())}
+
+
+def accuracy(scorer: Scorer, batch: Batch, token_budget: int) -> dict[str, float]:
+    """How often the preferred response scores higher, with a Wilson 95 % interval, beside what its length alone would say.
+
+    For an ensemble also how often its heads do not agree.
+    """
+    outputs = observe(batch, scorer.scores, token_budget=token_budget)
+    scores, members = outputs.scores, outputs.members
+    assert scores is not None
+    assert members is not None
     better, worse = batch.pairs()
     lengths = torch.tensor(batch.lengths)
     right = int((scores[better] > scores[worse]).sum())
-    low, high = wilson_interval(right, len(better))
-    return {
-        "eval/accuracy": right / len(better),
-        "eval/accuracy_low": low,
-        "eval/accuracy_high": high,
+    metrics = _proportion(right, len(better)) | {
         "eval/pairs": float(len(better)),
         "eval/longer_wins": float((lengths[better] > lengths[worse]).double().mean()),
         "eval/shorter_wins": float((lengths[better] < lengths[worse]).double().mean()),
         "eval/margin": float((scores[better] - scores[worse]).mean()),
     }
+    if scorer.heads == 1:
+        return metrics
+    votes = (members[better] > members[worse]).double().mean(1)
+    return metrics | {"eval/disagreement": float(((votes > 0) & (votes < 1)).double().mean())}
+
+
+def _token_accuracy(scorer: Scorer, batch: Batch, kind: Kind, token_budget: int) -> dict[str, float]:
+    """Of judged steps (process), or of responses at their last token (outcome), how many are on the right side of 0."""
+    logits = observe(batch, scorer.token_scores, token_budget=token_budget).token_scores
+    assert logits is not None
+    if kind == "process":
+        judged = batch.tokens["judged"]
+        said, truth = logits[judged] > 0, batch.tokens["label"][judged] > 0.5
+    else:
+        said, truth = logits[batch.last_token] > 0, batch.responses["judgement"] > 0.5
+    if not len(truth):
+        return {}
+    return _proportion(int((said == truth).sum()), len(truth)) | {
+        "eval/judged": float(len(truth)),
+        "eval/right": float(truth.double().mean()),
+    }
+
+
+def _proportion(right: int, n: int) -> dict[str, float]:
+    low, high = wilson_interval(right, n)
+    return {"eval/accuracy": right / n, "eval/accuracy_low": low, "eval/accuracy_high": high}
