@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test test-slow lint format clean help
+.PHONY: install demo test test-slow test-differential lint format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,19 @@ test: install  ## the fast tests
 test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+# Each TRL version lies in a folder of its own, without its dependencies: the environment's torch and transformers serve all three.
+TRL_VERSIONS := 1.16.0 1.12.0 0.11.4
+TRL_0.11.4_NEEDS := tyro==0.9.35 docstring-parser==0.18.0 shtab==1.13.0 typeguard==4.6.0
+
+test-differential: install $(TRL_VERSIONS:%=.trl/%/.installed)  ## compare losses with three versions of TRL
+	$(BIN)/python -m pytest -m differential tests/differential $(ARGS)
+
+.trl/%/.installed: | $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) trl==$* $(TRL_$*_NEEDS) || \
+		{ echo "TRL $* could not be fetched: these tests need a package index (or a folder of wheels in PIP_FIND_LINKS)" >&2; exit 1; }
+	touch $@
+
 lint: install  ## ruff (format and check) and mypy: no warning is allowed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -39,4 +52,4 @@ format: install  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .trl build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

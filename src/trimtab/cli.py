@@ -49,16 +49,16 @@ COMMANDS = {
         "trimtab.stages.evaluate:EvaluateConfig",
         "trimtab.stages.evaluate:evaluate",
     ),
-    "implicit-reward": Command(
-        "the reward a policy is optimal for, read from the policy",
-        "trimtab.stages.implicit:ImplicitConfig",
-        "trimtab.stages.implicit:implicit_reward",
-        "action",
-    ),
     "audit": Command(
         "where a reward model is right, how sure it is, and whether length decides",
         "trimtab.stages.audit:AuditConfig",
         "trimtab.cli:_audit",
+        "action",
+    ),
+    "implicit-reward": Command(
+        "the reward a policy is optimal for, read from the policy",
+        "trimtab.stages.implicit:ImplicitConfig",
+        "trimtab.stages.implicit:implicit_reward",
         "action",
     ),
     "sample": Command("sample responses, or keep the best of n", "trimtab.stages.sample:SampleConfig", "trimtab.cli:_sample", "action"),
