@@ -1,18 +1,11 @@
-"""Value losses: closed-form gradients and identities."""
+"""Value losses: what clipping does."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from trimtab.maths.value_losses import clipped_squared_error, squared_error
-
-number = st.floats(-20, 20)
-
-
-def leaf(x: float) -> torch.Tensor:
-    return torch.tensor([x], dtype=torch.float64, requires_grad=True)
 
 
 def test_value_clipping_stops_what_has_moved_far_enough() -> None:

@@ -98,11 +98,13 @@ def test_the_partition_function_is_estimated_with_its_error(place: Path) -> None
 
 
 def test_responses_without_judgement_have_rewards_and_no_accuracy(place: Path) -> None:
-    (place / "plain.jsonl").write_text(json.dumps({"prompt": "go ", "completion": "on"}) + "\n")
+    rows = [{"prompt": "go ", "completion": "on"}, {"prompt": "go ", "responses": ["a", "b", "b"], "truncated": [True, False, False]}]
+    (place / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = implicit_reward(recipe(place, f"data.path={place / 'plain.jsonl'}", "judged=false"))
     assert summary.keys() == {"prompts", "responses", "implicit_reward"}
-    (row,) = map(json.loads, (place / "out.jsonl").read_text().splitlines())
-    assert "margins" not in row
+    one, three = map(json.loads, (place / "out.jsonl").read_text().splitlines())
+    assert [len(row["implicit_rewards"]) for row in (one, three)] == [1, 3]
+    assert not {"margins", "scores"} & (one.keys() | three.keys())
 
 
 def test_the_reference_itself_has_no_reward(place: Path) -> None:

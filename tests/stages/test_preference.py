@@ -356,6 +356,7 @@ def test_labels_come_from_every_kind_of_judgement() -> None:
     assert desirability(Comparison(group, (5.0, 3.0, 1.0), "rating"), 3.0) == [1, 0.5, 0]
     assert desirability(Comparison(group, (1.0, 1.0, 0.0), "binary"), 9.0) == [1, 1, 0]
     assert desirability(Comparison(group.only([0, 1]), (1.0, 0.0)), 9.0) == [1, 0]
+    assert [desirability(Comparison(group.only([0]), (score,), "process"), 9.0) for score in (1.0, 0.0)] == [[1], [0]]
 
 
 def test_responses_without_opinion_do_not_count_as_labels(folder: Path, tmp_path: Path) -> None:
@@ -367,6 +368,17 @@ def test_responses_without_opinion_do_not_count_as_labels(folder: Path, tmp_path
         _, tracker, _ = learn("bco", folder, tmp_path / "run", data, "fit.steps=1")
         values.append({k: v for k, v in tracker.metrics[0].items() if k[:4] in ("loss", "rewa", "trai", "logp")})
     assert values[0] == pytest.approx(values[1])
+
+
+def test_unsure_choices_are_smoothed_labels(folder: Path, tmp_path: Path) -> None:
+    pairs = [c for c in comparisons() if c.kind == "pair"]
+    unsure = [replace(c, probability=0.7) for c in pairs]
+    settings = ("fit.steps=2", "optim.eps=1e-3", "algorithm.nll_weight=0")
+    soft, _, _ = learn("dpo", folder, tmp_path / "run", unsure, *settings, "algorithm.label_smoothing=0")
+    smooth, _, _ = learn("dpo", folder, tmp_path / "run", pairs, *settings, "algorithm.label_smoothing=0.3")
+    sure, _, _ = learn("dpo", folder, tmp_path / "run", pairs, *settings, "algorithm.label_smoothing=0")
+    assert furthest(soft, smooth) < 1e-12
+    assert furthest(soft, sure) > 1e-6
 
 
 def test_comparisons_without_a_winner_are_left_out_and_told(folder: Path, tmp_path: Path) -> None:

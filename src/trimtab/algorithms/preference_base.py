@@ -4,7 +4,8 @@ A loss looks at pairs of responses (`PairLoss`) or at single ones that are desir
 
     logprobs_ref    the reference's log-probabilities (token column); absent where no reference is needed
     logprobs_now    the policy's, before the update and without gradient, where `needs_own` (token column)
-    judgement       higher is better, within a prompt;   desirable   1, 0, or 0.5 where there is no opinion (response columns)
+    judgement       higher is better, within a prompt; desirable: 1, 0, or 0.5 where there is no opinion; probability: how sure it
+                    is that the better response of a pair is better (response columns)
 
 Where terms depend on a whole minibatch, `prepare` sees it whole and leaves what it has found in response columns, so that the
 loss of a micro-batch needs nothing else. Everything is computed in float64 from the models' log-probabilities.
@@ -190,7 +191,8 @@ class PreferenceLoss:
 class PairLoss(PreferenceLoss):
     """A loss whose terms are a function of (h_chosen, h_rejected); a subclass states `terms`.
 
-    All pairs of a prompt are used; they weigh as much as one together, and prompts weigh the same.
+    All pairs of a prompt are used; they weigh as much as one together, and prompts weigh the same. A choice that is sure only with
+    probability p costs p terms(chosen, rejected) + (1 - p) terms(rejected, chosen).
     """
 
     data: Literal["pairs", "labels"] = "pairs"
@@ -199,7 +201,11 @@ class PairLoss(PreferenceLoss):
         raise NotImplementedError
 
     def preference(self, logprobs: Tensor, batch: Batch, counts: Counts) -> Tensor:
-        terms = self.terms(*self.pair_log_ratios(logprobs, batch))
+        chosen, rejected = self.pair_log_ratios(logprobs, batch)
+        terms, sure = self.terms(chosen, rejected), batch.responses.get("probability")
+        if sure is not None and bool((sure < 1).any()):
+            p = sure[batch.pairs()[0]]
+            terms = p * terms + (1 - p) * self.terms(rejected, chosen)
         if self.config.weighting == "wpo":
             better, worse = batch.pairs()
             mean = mean_by_response(logprobs.detach().double() * batch.mask, batch)

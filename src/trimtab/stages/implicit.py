@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from trimtab import rewards, seeds
 from trimtab.batch import Batch, observe
 from trimtab.config import Config
-from trimtab.data.records import DataConfig, load_comparisons, load_demonstrations, write_jsonl
+from trimtab.data.records import DataConfig, load_comparisons, load_samples, write_jsonl
 from trimtab.engines.local import EngineConfig, LocalEngine
 from trimtab.engines.sampling import SamplingConfig
 from trimtab.maths.optimum import PartitionEstimate, estimate_log_partition, implicit_rewards
@@ -34,7 +34,7 @@ class ImplicitConfig(Config):
 
     model: ModelConfig = Field(description="the policy whose implicit reward is read")
     reference: ModelConfig = Field(default_factory=ModelConfig, description="the policy it was trained from")
-    data: DataConfig = Field(description="comparisons; or, with judged=false, prompts with one response each")
+    data: DataConfig = Field(description="comparisons; or, with judged=false, prompts with responses, as `trimtab sample` writes them")
     judged: bool = Field(True, description="the responses are judged (pairs, rankings, ratings, labels): report margins and accuracy")
     beta: float = Field(0.1, gt=0, description="the strength of the KL penalty the policy was trained with")
     reward: RewardConfig | None = Field(None, description="an explicit reward to hold beside the implicit one")
@@ -82,7 +82,7 @@ def read(config: ImplicitConfig, policy: LanguageModel) -> list[Comparison]:
     if config.judged:
         judged = load_comparisons(config.data, policy.template)
         return [*judged.records, *judged.holdout]
-    plain = load_demonstrations(config.data, policy.template)
+    plain = load_samples(config.data, policy.template)
     return [Comparison(group, (0.0,) * len(group.responses), "rating") for group in (*plain.records, *plain.holdout)]
 
 

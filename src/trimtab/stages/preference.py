@@ -129,7 +129,8 @@ class PreferenceLearning:
             return Judged(Batch(()))
         batch = comparison_batch(comparisons)
         label = [x for c in comparisons for x in desirability(c, threshold)]
-        batch = batch.with_responses(desirable=torch.tensor(label, dtype=torch.float64), row=batch.group_of_response)
+        sure = torch.tensor([c.probability for c in comparisons for _ in c.scores], dtype=torch.float64)
+        batch = batch.with_responses(desirable=torch.tensor(label, dtype=torch.float64), probability=sure, row=batch.group_of_response)
         mismatched = None
         if self.algorithm.needs_mismatched:
             mixed = mismatch([c.group for c in comparisons], [c.group for c in others])
@@ -196,10 +197,10 @@ def mean_rating(comparisons: Sequence[Comparison]) -> float:
 def desirability(comparison: Comparison, threshold: float) -> list[float]:
     """1 (desirable), 0 (not) or 0.5 (no opinion) for every response.
 
-    Labels are taken as they are. A rating is held against `threshold`; a response of a pair or ranking against the middle of
-    its own prompt's.
+    Labels are taken as they are, and a solution is as good as its steps. A rating is held against `threshold`; a response of a
+    pair or ranking against the middle of its own prompt's.
     """
-    if comparison.kind == "binary":
+    if comparison.kind in ("binary", "process"):
         middle = 0.5
     elif comparison.kind == "rating":
         middle = threshold
