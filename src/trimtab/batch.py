@@ -76,6 +76,14 @@ class Batch:
         return torch.repeat_interleave(torch.arange(len(self.groups)), sizes)
 
     @cached_property
+    def _companions(self) -> tuple[Int[Tensor, " couples"], Int[Tensor, " couples"]]:
+        """Every response beside every response of its group, in order."""
+        sizes = torch.tensor([len(g.responses) for g in self.groups])[self.group_of_response]
+        first = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        place = torch.arange(len(first)) - (sizes.cumsum(0) - sizes)[first]
+        return first, torch.tensor(self._starts[0])[self.group_of_response][first] + place
+
+    @cached_property
     def mask(self) -> Bool[Tensor, " tokens"]:
         """Which response tokens are the assistant's own: the only ones a loss may see."""
         flags = [r.mask if r.mask is not None else (True,) * len(r.tokens) for g in self.groups for r in g.responses]
@@ -108,9 +116,9 @@ class Batch:
 
     def pairs(self, column: str = "judgement") -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
         """All (better, worse) pairs of responses within a group by a response column; ties make none."""
-        value, group = self.responses[column], self.group_of_response
-        better, worse = ((group[:, None] == group[None, :]) & (value[:, None] > value[None, :])).nonzero(as_tuple=True)
-        return better, worse
+        value, (first, second) = self.responses[column], self._companions
+        wins = value[first] > value[second]
+        return first[wins], second[wins]
 
     def without_truncated(self) -> Batch:
         """The same batch in which a response that was cut off has no token of its own: no loss sees it, no count counts it."""

@@ -76,6 +76,7 @@ COMMANDS = {
     ),
 }
 TOOLS = {
+    "exact": "hold every algorithm against the exact optimum: trimtab exact [--algorithm A] [--quick] [--json] [--output FOLDER]",
     "report": "rebuild RUN/report.html, or compare several runs: trimtab report RUN [RUN...] [--output FILE]",
     "schema": "print the JSON schema of a command's recipe: trimtab schema COMMAND",
 }
@@ -110,7 +111,7 @@ def _dispatch(argv: list[str]) -> int:
         if wants_help:
             print(f"trimtab {name}: {TOOLS[name]}")
             return 0
-        return {"report": _report, "schema": _schema}[name](rest)
+        return {"exact": _exact, "report": _report, "schema": _schema}[name](rest)
     if name not in COMMANDS:
         raise _unknown(name)
     if wants_help:
@@ -212,6 +213,13 @@ def _audit(config: Any) -> None:
         )
     Console().print(table)
     print(f"{Path(config.output) / 'audit.json'}")
+
+
+def _exact(words: list[str]) -> int:
+    _quieten()
+    from trimtab.exact.command import exact
+
+    return exact(words)
 
 
 def _report(words: list[str]) -> int:

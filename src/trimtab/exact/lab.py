@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from trimtab.exact.cases import BETA, Case
 from trimtab.exact.frontier import best_reward
-from trimtab.exact.task import exact_logprobs, standing
+from trimtab.exact.pairs import PairsCase, PairsResult, run_pairs
+from trimtab.exact.task import Quiet, exact_logprobs, standing
 
 ABOVE = 1e-9
 """A method above the frontier by more than this is a bug in the measurement of KL or reward."""
@@ -39,15 +39,6 @@ class Result:
     above: float
     identity_error: float
     ok: bool
-
-
-class Quiet:
-    """A tracker that keeps nothing."""
-
-    def log(self, step: int, metrics: Any) -> None: ...
-    def samples(self, step: int, rows: Any) -> None: ...
-    def event(self, kind: str, **details: Any) -> None: ...
-    def close(self) -> None: ...
 
 
 def run(case: Case) -> Result:
@@ -84,16 +75,16 @@ def run(case: Case) -> Result:
     )  # fmt: skip
 
 
-def run_all(cases: Iterable[Case], work: Callable[[Case], Result] = run) -> Iterator[Result]:
+def run_any(case: Case | PairsCase) -> Result | PairsResult:
+    return run(case) if isinstance(case, Case) else run_pairs(case)
+
+
+def run_all(cases: Iterable[Case | PairsCase]) -> Iterator[Result | PairsResult]:
     """All cases, as many side by side as there are processors, in the order in which they end."""
     context = get_context("spawn")  # a forked torch may hang
     with ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0)), mp_context=context, initializer=_prepare) as pool:
-        for done in as_completed([pool.submit(work, case) for case in cases]):
+        for done in as_completed([pool.submit(run_any, case) for case in cases]):
             yield done.result()
-
-
-def as_row(result: Result) -> dict[str, Any]:
-    return asdict(result)
 
 
 def _prepare() -> None:

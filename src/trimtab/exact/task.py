@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,8 @@ from trimtab.batch import Batch
 from trimtab.data.records import write_jsonl
 from trimtab.maths.optimum import kl_divergence, log_partition, optimal_logprobs
 from trimtab.models.language import LanguageModel
+from trimtab.models.loading import ModelConfig
+from trimtab.models.tabular import TabularConfig, TabularForCausalLM, register
 from trimtab.types import Group, Prompt, Response
 
 LETTERS = "abcdefghij"
@@ -82,6 +85,12 @@ class Task:
         _tokenizer(self.vocabulary).save_pretrained(folder)
         return folder
 
+    def start(self, kind: Kind, seed: int) -> LanguageModel:
+        """The start policy, loaded as a stage loads it."""
+        with tempfile.TemporaryDirectory() as place:
+            path = self.write_model(Path(place), kind, seed)
+            return LanguageModel.load(ModelConfig(path=str(path), dtype="float64"), trainable=False)
+
 
 def from_row(prompt: str, response: str, row: Mapping[str, Any]) -> float:
     """The reward function of a task: looked up in the prompt's row."""
@@ -128,9 +137,16 @@ def exact_logprobs(task: Task, model: LanguageModel) -> Tensor:
     return batch.sum_by_response(logprobs.double()).view(len(task.prompts), -1)
 
 
-def _tabular(task: Task, seed: int) -> Any:
-    from trimtab.models.tabular import TabularConfig, TabularForCausalLM, register
+class Quiet:
+    """A tracker that keeps nothing."""
 
+    def log(self, step: int, metrics: Any) -> None: ...
+    def samples(self, step: int, rows: Any) -> None: ...
+    def event(self, kind: str, **details: Any) -> None: ...
+    def close(self) -> None: ...
+
+
+def _tabular(task: Task, seed: int) -> Any:
     register()
     prompts = [group.prompt.tokens for group in task.groups]
     model = TabularForCausalLM(TabularConfig(vocab_size=task.vocabulary, prompts=prompts, max_tokens=task.length)).double()

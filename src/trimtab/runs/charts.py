@@ -120,6 +120,17 @@ def reward_kl_png(points: Sequence[Point], path: Way | None, file: Path, *, rewa
     figure.savefig(file, dpi=2.5 * INCH, bbox_inches="tight", pad_inches=0.12, metadata={"Software": None})
 
 
+def frontier_png(points: Sequence[Point], frontier: Way, file: Path, *, reward: str) -> None:
+    """Policies in the reward-KL plane under the curve that none can pass, as PNG on white."""
+    figure, axes = _canvas(520, 320, right=12, top=26, bottom=36, palette=PRINT)
+    figure.patch.set(visible=True, facecolor="white")
+    inside = [i for i, kl in enumerate(frontier[0]) if kl <= 1.1 * max(point.kl for point in points)]
+    curve = [frontier[0][i] for i in inside], [frontier[1][i] for i in inside]
+    axes.plot(*curve, color=PRINT.muted, linewidth=1.2, zorder=1)
+    _draw_reward_kl(axes, points, {}, reward, PRINT)
+    figure.savefig(file, dpi=2 * INCH, bbox_inches="tight", pad_inches=0.12, metadata={"Software": None})
+
+
 def stacked(parts: Mapping[str, float]) -> str:
     """Seconds by part as one bar with its key, as HTML: text in it wraps on a phone, which that of an SVG does not."""
     total = sum(parts.values()) or 1.0

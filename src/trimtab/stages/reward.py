@@ -134,7 +134,7 @@ def reward(config: RewardModelConfig, run: Path, tracker: Tracker) -> dict[str, 
 
     steps, parameters = config.fit.total_steps(len(data.groups)), scorer.trainable()
     head = {name: parameters.pop(name) for name in list(parameters) if "score." in name}
-    optimisers = [Optimiser(parameters, config.optim, steps), Optimiser(head, config.head_optim, steps)]
+    optimisers = [Optimiser(own, how, steps) for own, how in ((parameters, config.optim), (head, config.head_optim)) if own]
     forward = scorer.scores if READS[config.loss.kind] == "response" else scorer.token_scores
     metrics = fit(data, forward, reward_loss(config.loss), optimisers, config.fit, tracker, Hooks(evaluate, save), seed=config.seed)
     tracker.event("result", **{name: value for name, value in metrics.items() if name.startswith("eval/")})
