@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import shlex
 from functools import reduce
 from pathlib import Path
 
 import pytest
 
 from trimtab.algorithms import ALGORITHMS, PREFERENCES
+from trimtab.cli import COMMANDS, TOOLS, _config_of
+from trimtab.config import load_recipe, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "docs" / name for name in ("mathematics.md", "textbook.md") if (ROOT / "docs" / name).exists()]
@@ -85,3 +88,28 @@ def test_formulas_and_tables_are_whole(page: Path) -> None:
             assert line.count("|") == cells, line
         else:
             cells = 0
+
+
+def test_the_table_of_algorithms_is_the_registry() -> None:
+    text = (ROOT / "docs" / "stages.md").read_text()
+    table = text.partition("| name | what differs")[2].partition("\n\n")[0]
+    assert [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")] == list(ALGORITHMS)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda recipe: recipe.stem)
+def test_every_recipe_is_valid_and_shows_its_command(recipe: Path) -> None:
+    lines = [line.removeprefix("#   ") for line in recipe.read_text().splitlines()]
+    [example] = [shlex.split(line) for line in lines if line.startswith(f"trimtab {recipe.stem} ")]
+    assert example[2] == f"recipes/{recipe.name}"
+    load_recipe(_config_of(recipe.stem), recipe, example[3:])
+
+
+def test_the_readme_counts_and_names_what_there_is() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert f"PPO has {len(list(settings_of(_config_of('ppo'))))} settings" in text
+    assert f"{len(ALGORITHMS) - 1} other algorithms" in text
+    assert f"{len(PREFERENCES) - 1} other losses" in text
+    named = set(re.findall(r"^\| `trimtab ([\w-]+)`", text, re.MULTILINE))
+    assert named == ({*COMMANDS, *TOOLS} - {*ALGORITHMS, *PREFERENCES}) | {"ppo", "dpo"}
+    links = re.findall(r"\]\((?!https?:)([\w./]+)", text)
+    assert all((ROOT / link).exists() for link in links)
