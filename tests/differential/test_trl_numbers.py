@@ -13,7 +13,7 @@ from peer import Peer
 from trimtab.maths.full_kl import full_kl
 from trimtab.maths.kl import adapted_beta
 from trimtab.maths.logprobs import Head, token_logprobs
-from trimtab.models.moving_reference import MovingReference
+from trimtab.models.reference import MovingReference
 from trimtab.rewards.shaping import RewardShaping, ShapingConfig
 
 pytestmark = pytest.mark.differential

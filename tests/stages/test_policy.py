@@ -15,6 +15,8 @@ from trimtab.config import load_recipe
 from trimtab.errors import ConfigError, RewardError
 from trimtab.models.scorer import Scorer
 from trimtab.stages.policy import PolicyLearning, policy, policy_config
+from trimtab.stages.policy_metrics import Clock
+from trimtab.types import Score
 
 REWARD = "def letters(prompt, response, row):\n    return float(sum(c in 'aeiou' for c in response))\n"
 
@@ -27,13 +29,13 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def recipe(place: Path, *overrides: str) -> Any:
+def recipe(place: Path, *overrides: str, algorithm: str = "ppo") -> Any:
     settings = [
         f"model.path={place / 'model'}", f"data.path={place / 'prompts.jsonl'}", f"reward.function={place / 'reward.py'}:letters",
         f"output={place / 'run'}", "model.dtype=float32", "sampling.max_tokens=8", "steps=2", "prompts_per_step=4",
         "responses_per_prompt=2", "optim.lr=1e-3", "samples_every=1",
     ]  # fmt: skip
-    return load_recipe(policy_config("ppo"), None, [*settings, *overrides])
+    return load_recipe(policy_config(algorithm), None, [*settings, *overrides])
 
 
 def run(place: Path, *overrides: str) -> tiny.Recorder:
@@ -222,3 +224,79 @@ def test_the_order_is_sample_score_credit_update(place: Path, monkeypatch: pytes
         monkeypatch.setattr(owner, name, lambda *a, _f=original, _n=name, **k: (order.append(_n), _f(*a, **k))[1])
     learner.step(0)
     assert order == ["generate", "score", "credit", "learn"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(("role", "settings"), [("frozen", ()), ("synced", ("reference.every=1",)), ("ema", ("reference.decay=0.5",))])
+def test_reference_roles(place: Path, role: str, settings: tuple[str, ...], lora: bool) -> None:
+    adapter = ["model.lora={rank: 4}"] if lora else []
+    rows = run(place, f"reference.role={role}", "steps=3", "optim.schedule=constant", *settings, *adapter).metrics
+    kl = [abs(row["kl/mean"]) for row in rows]
+    assert kl[0] < 1e-6  # every reference begins where the policy does
+    if role == "synced":  # it is the policy of the step before, after its update
+        assert max(kl) < 1e-6
+    else:
+        assert min(kl[1:]) > 1e-6
+
+
+def test_a_moving_average_stays_between_start_and_policy(place: Path) -> None:
+    def kl(role: str) -> float:
+        return run(place, f"reference.role={role}", "reference.decay=0.8", "steps=4", "optim.lr=3e-3").metrics[-1]["kl/mean"]
+
+    assert 0 < kl("ema") < kl("frozen")
+
+
+def test_without_a_reference_there_is_no_kl_to_measure_or_to_penalise(place: Path) -> None:
+    rows = run(place, "reference.role=none", "algorithm.kl.beta=0").metrics
+    assert not any(name.startswith("kl/mean") for name in rows[0])
+    with pytest.raises(ConfigError, match=r"algorithm\.kl\.beta=0"):
+        recipe(place, "reference.role=none")
+
+
+def test_textbook_roles_are_one_frozen_policy(place: Path) -> None:
+    rows = run(place, "roles=textbook", "steps=3", "optim.lr=3e-3").metrics
+    assert all(row["kl/mean"] == 0 for row in rows)  # sampler, denominator and anchor are the same
+    assert rows[0]["policy/first_ratio_max"] == 1.0
+    assert rows[2]["policy/first_ratio_max"] > 1.001  # the policy has moved away from what samples
+    learner = PolicyLearning("ppo", recipe(place, "roles=textbook", "optim.lr=1e-2"))
+    before = [r.tokens for g in learner.sample(5, Clock())[0] for r in g.responses]
+    learner.step(0)
+    assert [r.tokens for g in learner.sample(5, Clock())[0] for r in g.responses] == before
+
+
+def test_groups_that_all_score_alike_make_room_for_further_prompts(place: Path) -> None:
+    (place / "reward.py").write_text("def letters(prompt, response, row):\n    return float('one' in prompt and 'a' < response)\n")
+    learner = PolicyLearning("dapo", recipe(place, "prompts_per_step=2", "algorithm.resample=4", algorithm="dapo"))
+    groups, scores, dropped = learner.sample(0, Clock())
+    useful = [len({score.total for score in row}) > 1 for row in scores]
+    assert len(groups) == 2
+    assert dropped > 0
+    assert useful == sorted(useful, reverse=True)  # what teaches something comes first; the rest fills up
+    assert any(useful)
+
+
+def test_greedy_returns_are_the_baseline_of_remax(place: Path) -> None:
+    learner = PolicyLearning("remax", recipe(place, "sampling.max_tokens=6", algorithm="remax"))
+    groups, scores, _ = learner.sample(0, Clock())
+    batch = learner.look(groups, scores)
+    baseline = learner.greedy_returns(groups, batch)
+    greedy = learner.greedy_engine.generate([g.prompt for g in groups], 1, seed=0)
+    expected = [row[0].total for row in learner.reward.score(greedy)]  # policy = reference: there is no penalty yet
+    assert baseline.tolist() == pytest.approx([x for x in expected for _ in range(2)], abs=1e-4)
+
+
+def test_rewards_that_are_placed_stay_where_they_were_put(place: Path) -> None:
+    class Placed:
+        name = "placed"
+
+        def score(self, groups: Any) -> Any:
+            return [[Score(3.0, {}, ((0, 2.0), (0, -1.0), (len(r.tokens) - 1, 2.0))) for r in g.responses] for g in groups]
+
+    learner = PolicyLearning("ppo", recipe(place, "algorithm.kl.beta=0", "shaping.missing_eos_penalty=5"))
+    learner.reward = Placed()
+    groups, scores, _ = learner.sample(0, Clock())
+    batch = learner.algorithm.credit(learner.look(groups, scores))
+    rewards, first = batch.tokens["token_rewards"].split(batch.lengths), batch.truncated.tolist()
+    for row, cut in zip(rewards, first, strict=True):
+        assert float(row.sum()) == pytest.approx(3 - 5 * cut)
+        assert len(row) == 1 or float(row[0]) == pytest.approx(1.0)

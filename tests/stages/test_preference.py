@@ -24,7 +24,7 @@ from trimtab.data.records import load_comparisons
 from trimtab.errors import DataError
 from trimtab.models.language import LanguageModel, plain_logprobs
 from trimtab.models.loading import ModelConfig
-from trimtab.models.moving_reference import MovingReference
+from trimtab.models.reference import MovingReference
 from trimtab.stages import preference as stage
 from trimtab.stages.preference import PreferenceLearning, desirability, preference, preference_config
 from trimtab.types import Comparison, Group, Prompt, Response

@@ -24,6 +24,7 @@ from trimtab.maths.policy_losses import Level, importance_weighted, mismatch_wei
 from trimtab.maths.reductions import Aggregation, aggregate, to_column, to_rows
 from trimtab.maths.value_losses import squared_error
 
+Role = Literal["frozen", "synced", "ema", "none"]
 Estimator = Literal["k1", "k2", "k3", "k1+", "k3+", "full", "rao-blackwell"]
 
 
@@ -111,6 +112,18 @@ class KLPenalty:
             per_response = batch.sum_by_response(kl.k1(batch.tokens["logprobs_old"], batch.tokens["logprobs_ref"]))
             measured = float(per_response.mean())
             self.beta = kl.adapted_beta(self.beta, measured, self.config.target, len(batch.lengths), self.config.horizon)
+
+
+class ReferenceConfig(Config):
+    """Which policy the KL and log-ratios are taken against."""
+
+    role: Role = Field(
+        "frozen",
+        description="frozen: the model as it starts; synced: a copy of the policy, taken anew every few steps; "
+        "ema: a moving average of the policy; none: no reference",
+    )
+    decay: float = Field(0.99, ge=0, lt=1, description="role=ema: weight of the old average at each step")
+    every: int = Field(64, gt=0, description="role=synced: steps between copies of the policy")
 
 
 class MismatchConfig(Config):

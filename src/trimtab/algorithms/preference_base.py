@@ -20,25 +20,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from trimtab.algorithms.base import ReferenceConfig, Role
 from trimtab.batch import Batch, Counts, Loss, Outputs
 from trimtab.config import Config
 from trimtab.maths.preference_losses import desensitised_weights, wpo_weights
 from trimtab.maths.reductions import mean_over_pairs
 
-Role = Literal["frozen", "none", "synced", "ema"]
 LogRatio = Literal["sum", "mean", "desensitised"]
-
-
-class ReferenceConfig(Config):
-    """Which policy the log-ratios are taken against."""
-
-    role: Role = Field(
-        "frozen",
-        description="frozen: the model as it starts, whose log-probabilities are computed once; none: no reference, h = log pi; "
-        "synced: a copy of the policy, taken anew every few steps; ema: a moving average of the policy",
-    )
-    decay: float = Field(0.99, ge=0, lt=1, description="role=ema: weight of the old average at each step")
-    every: int = Field(64, gt=0, description="role=synced: steps between copies of the policy")
 
 
 class NoReferenceConfig(ReferenceConfig):

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from trimtab.algorithms import PREFERENCES
+from trimtab.algorithms.base import ReferenceConfig
 from trimtab.algorithms.preference_base import (
     LabelConfig,
     LabelLoss,
@@ -23,7 +24,6 @@ from trimtab.algorithms.preference_base import (
     PairLoss,
     PreferenceLoss,
     PreferenceLossConfig,
-    ReferenceConfig,
     beta_field,
     log_ratio_field,
     nll_field,

@@ -7,7 +7,7 @@ stay in the processor's cache), and only the log-probability of the token that w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ class Head:
         """Logits in float32 (float64 if the model is), without gradient bookkeeping beyond torch's own."""
         z = torch.nn.functional.linear(hidden, self.weight, self.bias)
         return self.finish(z, temperature)
+
+    def detached(self) -> Head:
+        """The same head without gradient."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     def finish(self, z: Tensor, temperature: float) -> Tensor:
         z = z if z.dtype == torch.float64 else z.float()

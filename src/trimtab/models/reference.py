@@ -1,72 +1,118 @@
-"""The reference policy: the anchor of the KL penalty, which never receives a gradient."""
+"""Reference policies: the anchor of the KL penalty and of log-ratios. None ever receives a gradient."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from trimtab.batch import Batch, Outputs
-from trimtab.config import Config
 from trimtab.maths.logprobs import Head
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 
-Role = Literal["frozen", "ema", "synced", "none"]
 
+class Schedule(Protocol):
+    """How a reference moves: the settings `role`, `decay` and `every` of a recipe."""
 
-class ReferenceConfig(Config):
-    """Which policy the KL penalty is measured to."""
+    @property
+    def role(self) -> Literal["frozen", "synced", "ema", "none"]: ...
 
-    role: Role = Field(
-        "frozen",
-        description="frozen: the policy as it starts; ema: a moving average of the policy; synced: the policy of `every` steps ago; "
-        "none: no reference (kl.beta must be 0)",
-    )
-    decay: float = Field(0.99, ge=0, lt=1, description="role=ema: weight of the old average at each step")
-    every: int = Field(64, gt=0, description="role=synced: steps between copies of the policy")
+    @property
+    def decay(self) -> float: ...
+
+    @property
+    def every(self) -> int: ...
 
 
 class Reference:
-    """A policy that is only read. With LoRA and role=frozen it is the policy's own model with its adapter off: no memory."""
+    """A policy that is only read. This one stays where it is; `model` is the model that is run."""
 
-    def __init__(self, policy: LanguageModel, model: ModelConfig, config: ReferenceConfig, *, own_copy: bool = False) -> None:
-        self.config, self.policy = config, policy
-        moves = config.role in ("ema", "synced")
-        self.adapter_off = model.lora is not None and not moves and not own_copy
-        self.model = policy if self.adapter_off else LanguageModel.load(model, trainable=moves and model.lora is not None)
-        self.model_parameters = {} if self.adapter_off else {n: p.requires_grad_(False) for n, p in self.model.model.named_parameters()}
-        self.averages: dict[str, Tensor] = {}  # float32, so that small steps of a bfloat16 policy are not lost
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
 
     def forward(self, batch: Batch, *, temperature: float = 1.0) -> Outputs:
-        """Log-probabilities, without gradient."""
-        with torch.no_grad(), self._adapter():
+        """Log-probabilities of every response token."""
+        with torch.no_grad(), self.in_place():
             return self.model.forward(batch, temperature=temperature)
 
     def predictors(self, batch: Batch) -> tuple[Tensor, Head]:
         """The hidden states that predict every response token, and the head that reads them."""
-        with torch.no_grad(), self._adapter():
-            return self.model.predictors(batch)[0], self.model.head
+        with torch.no_grad(), self.in_place():
+            return self.model.predictors(batch)[0], self.model.head.detached()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While this lasts, `model` is the reference."""
+        yield
+
+    def follow(self, how: Schedule, taken: int) -> None:
+        """Move as the settings say, after `taken` steps of the policy."""
+
+
+class AdapterOff(Reference):
+    """With LoRA the policy's own model without its adapter is the policy as it started: a reference at no memory."""
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        with self.model.without_adapter():
+            yield
+
+
+class MovingReference(Reference):
+    """Weights w, at first the policy's, put in their place for a forward pass; moved by w <- decay w + (1 - decay) policy.
+
+    Only what is trained is kept, so that with an adapter it costs next to nothing. The copy is in float32 (float64 if the
+    model is), where small moves are not lost.
+    """
+
+    def __init__(self, policy: LanguageModel) -> None:
+        super().__init__(policy)
+        self.weights = {name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in self._parameters()}
 
     @torch.no_grad()
-    def follow(self, step: int) -> None:
-        """After step `step` (from 0): move as the role says."""
-        if self.config.role == "synced" and (step + 1) % self.config.every == 0:
-            for name, source in self._sources():
-                self.model_parameters[name].copy_(source)
-        elif self.config.role == "ema":
-            for name, source in self._sources():
-                average = self.averages.setdefault(
-                    name, self.model_parameters[name].detach().to(torch.promote_types(source.dtype, torch.float32)).clone()
-                )
-                average.lerp_(source.to(average.dtype), 1 - self.config.decay)
-                self.model_parameters[name].copy_(average)
+    def move(self, decay: float) -> None:
+        """Come nearer the policy as it is now; a decay of 0 copies it."""
+        for name, parameter in self._parameters():
+            self.weights[name].lerp_(parameter.to(self.weights[name].dtype), 1 - decay)
 
-    def _sources(self) -> list[tuple[str, Tensor]]:
-        return [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
+    def follow(self, how: Schedule, taken: int) -> None:
+        if how.role == "ema":
+            self.move(how.decay)
+        elif how.role == "synced" and taken % how.every == 0:
+            self.move(0.0)
 
-    def _adapter(self) -> AbstractContextManager[None]:
-        return self.policy.without_adapter() if self.adapter_off else nullcontext()
+    def save(self, folder: Path) -> Path:
+        """Save as a model."""
+        with self.in_place():
+            return self.model.save(folder)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        own = {name: parameter.data for name, parameter in self._parameters()}
+        try:
+            for name, parameter in self._parameters():
+                parameter.data = self.weights[name].to(parameter.dtype)
+            yield
+        finally:
+            for name, parameter in self._parameters():
+                parameter.data = own[name]
+
+    def _parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return list(self.model.trainable().items())
+
+
+def make_reference(policy: LanguageModel, model: ModelConfig, how: Schedule, *, samples: bool = False) -> Reference | None:
+    """The reference of a policy run. `samples`: it also draws the responses, so it must be able to stand in the policy's place."""
+    if how.role == "none":
+        return None
+    return frozen_reference(policy, model) if how.role == "frozen" and not samples else MovingReference(policy)
+
+
+def frozen_reference(policy: LanguageModel, model: ModelConfig) -> Reference:
+    """The policy as it is at the start of a run."""
+    return Reference(LanguageModel.load(model, trainable=False)) if model.lora is None else AdapterOff(policy)

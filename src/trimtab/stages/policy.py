@@ -6,6 +6,7 @@ One loop for every algorithm; what differs between them is in `algorithms/`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from pydantic import Field, create_model, model_validator
 
 from trimtab import rewards, seeds
 from trimtab.algorithms import ALGORITHMS
-from trimtab.algorithms.base import PolicyGradientConfig
+from trimtab.algorithms.base import PolicyGradientConfig, ReferenceConfig
 from trimtab.batch import Batch, Outputs, observe
 from trimtab.data.cursor import Cursor
 from trimtab.data.records import DataConfig, load_prompts
@@ -24,7 +25,7 @@ from trimtab.engines.sampling import SamplingConfig
 from trimtab.errors import ConfigError
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
-from trimtab.models.reference import Reference, ReferenceConfig
+from trimtab.models.reference import Reference, make_reference
 from trimtab.models.scorer import Scorer
 from trimtab.protocols import Algorithm, Reward, Tracker
 from trimtab.rewards import RewardConfig
@@ -128,13 +129,11 @@ class PolicyLearning:
         self.algorithm: Algorithm = ALGORITHMS[name].load()(settings)
         self.reward = rewards.make(config.reward, device=config.model.device, policy=model.template)
         self.shaping = RewardShaping(config.shaping, config.sampling.max_tokens)
-        textbook = config.roles == "textbook"
-        self.reference = None if config.reference.role == "none" else Reference(model, config.model, config.reference, own_copy=textbook)
+        self.reference = make_reference(model, config.model, config.reference, samples=config.roles == "textbook")
         self.actor = make_actor(model, self.algorithm, self.reward, self.reference, config)
-        sampler = self.reference.model if textbook and self.reference else model
-        self.engine = LocalEngine(sampler, config.sampling, config.engine)
+        self.engine = LocalEngine(model, config.sampling, config.engine)
         greedy = config.sampling.model_copy(update={"temperature": 0.0})
-        self.greedy_engine = LocalEngine(sampler, greedy, config.engine)
+        self.greedy_engine = LocalEngine(model, greedy, config.engine)
 
     def step(self, step: int) -> tuple[Rollout, dict[str, float]]:
         """One rollout batch: sample, score, look, assign credit, update. Returns the rollout and the metrics."""
@@ -149,7 +148,7 @@ class PolicyLearning:
             learned = self.learn(batch, step)
         self.engine.load((), step + 1)
         if self.reference is not None:
-            self.reference.follow(step)
+            self.reference.follow(config.reference, step + 1)
         metrics = describe(batch, scores) | learned | {"kl/beta": float(self.algorithm.state_dict()["beta"])}
         metrics |= {"rollout/dropped_groups": float(dropped)} if config.algorithm.resample else {}
         metrics |= {"progress/epoch": self._cursor(0).epoch(step + 1), **clock.seconds}
@@ -163,7 +162,7 @@ class PolicyLearning:
         kept: list[tuple[Group, list[Score]]] = []
         alike: list[tuple[Group, list[Score]]] = []
         for attempt in range(config.algorithm.resample + 1):
-            with clock("generate"):
+            with clock("generate"), self._sampler():
                 prompts = [self.prompts[i] for i in self._cursor(attempt).at(step)]
                 seed = seeds.derive(config.seed, "generate", step, *([attempt] if attempt else []))
                 groups = self.engine.generate(prompts, config.responses_per_prompt, seed=seed)
@@ -194,13 +193,16 @@ class PolicyLearning:
                 columns["logprobs_old"] = columns["logprobs_ref"]
         sampler = [logprob for g in groups for r in g.responses for logprob in r.logprobs or ()]
         columns |= {"logprobs_sampler": torch.tensor(sampler, dtype=columns["logprobs_old"].dtype)}
+        if any(score.placed for row in scores for score in row):
+            columns["placed"] = _placed(batch, scores).to(columns["logprobs_old"].dtype)
         raw = torch.tensor([score.total for row in scores for score in row], dtype=torch.float64)
         shaped = self.shaping(raw, torch.tensor(batch.lengths), batch.truncated)
         return batch.with_tokens(**columns).with_responses(score=raw, reward=shaped)
 
     def greedy_returns(self, groups: Sequence[Group], batch: Batch) -> torch.Tensor:
         """For every response of the batch: the return (reward and penalty) of its prompt's greedy response."""
-        greedy = self.greedy_engine.generate([group.prompt for group in groups], 1, seed=0)
+        with self._sampler():
+            greedy = self.greedy_engine.generate([group.prompt for group in groups], 1, seed=0)
         state = self.shaping.state_dict()
         looked = self.look(greedy, self.reward.score(greedy))
         self.shaping.load_state_dict(state)  # the running statistics are those of the sampled responses
@@ -222,6 +224,10 @@ class PolicyLearning:
             if config.target_kl is not None and not warming and history[-1]["policy/approx_kl"] > config.target_kl:
                 break
         return merged(history)
+
+    def _sampler(self) -> AbstractContextManager[None]:
+        """While responses are drawn, the model is the policy that samples."""
+        return self.reference.in_place() if self.reference and self.config.roles == "textbook" else nullcontext()
 
     def _refer(self, batch: Batch) -> Outputs:
         assert self.reference is not None
@@ -253,6 +259,17 @@ def make_actor(
         start = start.model_copy(update={"path": config.reward.model})
     scorer = Scorer.load(start, head="saved" if config.critic.init == "reward" else "zero", template=config.data.template)
     return OwnCritic(model, config.optim, config.steps, passes, config.critic, scorer)
+
+
+def _placed(batch: Batch, scores: Sequence[Sequence[Score]]) -> torch.Tensor:
+    """What rewards put on single tokens, as a token column; a response whose reward names no token gets its score at the end."""
+    flat = [score for row in scores for score in row]
+    column = torch.zeros(sum(batch.lengths), dtype=torch.float64)
+    starts = (batch.last_token - torch.tensor(batch.lengths) + 1).tolist()
+    for start, length, score in zip(starts, batch.lengths, flat, strict=True):
+        for index, value in score.placed or ((length - 1, score.total),):
+            column[start + index] += value
+    return column
 
 
 def _joined(outputs: Sequence[Outputs], name: str) -> torch.Tensor:

@@ -24,7 +24,7 @@ from trimtab.errors import DataError
 from trimtab.maths.statistics import wilson_interval
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
-from trimtab.models.moving_reference import MovingReference
+from trimtab.models.reference import MovingReference
 from trimtab.protocols import Tracker
 from trimtab.stages.common import StageConfig, check_lengths, comparison_batch, save_checkpoint
 from trimtab.training.fit import FitConfig, Hooks, fit
@@ -100,9 +100,8 @@ class PreferenceLearning:
 
     def prepare(self, batch: Batch, step: int) -> Batch:
         """Before an update: move the reference if it is time, and let the loss see the minibatch whole."""
-        reference = self.algorithm.reference
-        if self.moving is not None and step and (reference.role == "ema" or step % reference.every == 0):
-            self.moving.move(reference.decay if reference.role == "ema" else 0.0)
+        if self.moving is not None and step:
+            self.moving.follow(self.algorithm.reference, step)
         return self._ready(Judged(batch, self.data.mismatched), training=True)
 
     @torch.no_grad()

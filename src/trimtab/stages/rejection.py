@@ -27,7 +27,7 @@ from trimtab.errors import RewardError
 from trimtab.maths.reductions import Aggregation
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
-from trimtab.models.reference import Reference, ReferenceConfig
+from trimtab.models.reference import frozen_reference
 from trimtab.protocols import Tracker
 from trimtab.rewards import RewardConfig
 from trimtab.stages.common import StageConfig, nll_loss, sample_row, save_checkpoint
@@ -109,7 +109,7 @@ class Rounds:
         self.prompts = loaded.records
         self.cursor = Cursor(len(self.prompts), min(config.prompts_per_round or len(self.prompts), len(self.prompts)), config.seed)
         self.reward = rewards.make(config.reward, device=config.model.device, policy=self.model.template)
-        self.reference = Reference(self.model, config.model, ReferenceConfig())
+        self.reference = frozen_reference(self.model, config.model)
         self.engine = LocalEngine(self.model, config.sampling, config.engine)
         self.optimiser = Optimiser(self.model.trainable(), config.optim, 1)
 
