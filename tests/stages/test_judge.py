@@ -67,7 +67,7 @@ def test_a_planted_preference_is_found_in_either_order_and_its_rows_train_a_mode
     result = judge(recipe(tmp_path))
     assert [(row["chosen"], row["rejected"]) for row in judged(tmp_path)] == [("good", "poor")] * 2
     assert [row.get("rejected_truncated") for row in judged(tmp_path)] == [True, None]
-    assert all(0.9 < row["preference"] <= 1 for row in judged(tmp_path))
+    assert all(0.9 < row["probability"] <= 1 for row in judged(tmp_path))
     assert (result["pairs"], result["alike"], result["flipped"]) == (2, 1, 0)
     assert abs(result["position_bias"]) < 0.05
     assert result["label_mass"] > 0.9
@@ -141,7 +141,7 @@ def test_pairs_of_many_responses(tmp_path: Path) -> None:
     neighbours, _ = read_pairs(str(tmp_path / "samples.jsonl"), "neighbours")
     assert [pair.texts for pair in neighbours] == [("a", "b"), ("c", "b")]
     rows = comparison_rows(neighbours, [0.5, 0.2], soft=True, confidence=0.5)
-    assert rows == [{"prompt": [{"role": "user", "content": "hi"}], "chosen": "b", "rejected": "c", "preference": 0.8}]
+    assert rows == [{"prompt": [{"role": "user", "content": "hi"}], "chosen": "b", "rejected": "c", "probability": 0.8}]
 
 
 def test_what_cannot_be_judged_is_refused_with_a_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ class JudgeConfig(Config):
         QUESTION, description="what it is asked: {prompt}, {a} and {b} are filled in, {first} and {second} are the labels"
     )
     labels: tuple[str, str] = Field(("A", "B"), description="the two answers; each must be one token of the judge")
-    soft: bool = Field(True, description="write the judge's probability that `chosen` is better as the column `preference`")
+    soft: bool = Field(True, description="write the judge's probability that `chosen` is better as the column `probability`")
     confidence: float = Field(0.5, ge=0.5, lt=1, description="leave out pairs where the judge's probability for either is not above this")
     pairs: Literal["all", "neighbours"] = Field("all", description="which responses to a prompt are compared: all pairs, or 1-2, 3-4, ...")
     on_long: Literal["error", "skip"] = Field("error", description="a pair that exceeds the judge's context: stop, or leave it out")
@@ -174,7 +174,7 @@ def comparison_rows(pairs: Sequence[Pair], preference: Sequence[float], *, soft:
             row[name] = pair.texts[i]
             if pair.truncated[i]:
                 row[f"{name}_truncated"] = True
-        rows.append(row | ({"preference": sure} if soft else {}))
+        rows.append(row | ({"probability": sure} if soft else {}))
     return rows
 
 
