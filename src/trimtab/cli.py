@@ -77,6 +77,7 @@ COMMANDS = {
 }
 TOOLS = {
     "exact": "hold every algorithm against the exact optimum: trimtab exact [--algorithm A] [--quick] [--json] [--output FOLDER]",
+    "explain": "one step of a policy run, token by token: trimtab explain RUN STEP [--response N]",
     "report": "rebuild RUN/report.html, or compare several runs: trimtab report RUN [RUN...] [--output FILE]",
     "schema": "print the JSON schema of a command's recipe: trimtab schema COMMAND",
 }
@@ -111,7 +112,7 @@ def _dispatch(argv: list[str]) -> int:
         if wants_help:
             print(f"trimtab {name}: {TOOLS[name]}")
             return 0
-        return {"exact": _exact, "report": _report, "schema": _schema}[name](rest)
+        return {"exact": _exact, "explain": _explain, "report": _report, "schema": _schema}[name](rest)
     if name not in COMMANDS:
         raise _unknown(name)
     if wants_help:
@@ -220,6 +221,19 @@ def _exact(words: list[str]) -> int:
     from trimtab.exact.command import exact
 
     return exact(words)
+
+
+def _explain(words: list[str]) -> int:
+    from trimtab.runs.explain import explain
+
+    usage, response = "trimtab explain RUN STEP [--response N]", None
+    if "--response" in words:
+        at = words.index("--response")
+        response, words = (words[at + 1] if at + 1 < len(words) else ""), words[:at] + words[at + 2 :]
+    if len(words) != 2 or not words[1].isdigit() or not (response is None or response.isdigit()):
+        raise ConfigError("name a run and a step", where="command line", fix=usage)
+    print(f"page: {explain(Path(words[0]), int(words[1]), response=None if response is None else int(response))}")
+    return 0
 
 
 def _report(words: list[str]) -> int:

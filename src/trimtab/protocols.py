@@ -48,6 +48,14 @@ class Algorithm(Protocol):
         """What is subtracted from them, and what they are then divided by."""
         ...
 
+    def scores(self, batch: Batch) -> Tensor:
+        """The shaped reward of every token: where the reward placed it, or at the last."""
+        ...
+
+    def surrogate(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Per-token loss terms, and where a clip cut the gradient off (None: never)."""
+        ...
+
     def rewards(self, batch: Batch) -> Tensor:
         """Score and penalty of every token; their sum over a response is its return."""
         ...

@@ -27,7 +27,7 @@ first task above leaves it a gap of 0.04 to 0.2, which is no fault of an algorit
 
 COMMON = (
     "model.dtype=float64", "reward.function=trimtab.exact.task:from_row", f"algorithm.kl.beta={BETA}", "micro_batch_tokens=100000",
-    "optim.max_grad_norm=1000", "critic.optim.max_grad_norm=1000",
+    "explain_prompts=0", "optim.max_grad_norm=1000", "critic.optim.max_grad_norm=1000",
 )  # fmt: skip
 FOR_TABLES = ("steps=400", "optim.lr=0.1", "critic.optim.lr=0.1", "optim.betas=[0.9,0.99]")
 FOR_TRANSFORMERS = ("steps=250", "optim.lr=0.001", "optim.warmup_steps=10", "critic.optim.lr=0.05", "critic.weight=0.05")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from trimtab.errors import RunError
 from trimtab.runs.charts import Line, Point, curves, reward_kl, reward_kl_of_runs, stacked
 from trimtab.runs.directory import RunDirectory
 from trimtab.runs.panels import PANELS, Panel, arrange
+from trimtab.runs.render import render
 from trimtab.runs.trackers import flatten
 
 HEADLINES = (
@@ -81,18 +81,8 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
 
 
 def write_page(page: Page, output: Path) -> Path:
-    """Render a page to a file, whole or not at all."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("trimtab", "runs"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    html = environment.get_template("report.html.j2").render(page=page)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.with_name(f".{output.name}.{os.getpid()}")
-    staging.write_text(html, encoding="utf-8", errors="replace")  # a lone surrogate in a sample has no UTF-8
-    os.replace(staging, output)
-    return output
+    """Write a page to a file."""
+    return render("report.html.j2", output, page=page)
 
 
 def one_run(run: RunDirectory) -> Page:

@@ -17,6 +17,7 @@ from pydantic import Field, create_model, model_validator
 from trimtab import rewards, seeds
 from trimtab.algorithms import ALGORITHMS
 from trimtab.algorithms.base import PolicyGradientConfig, ReferenceConfig
+from trimtab.algorithms.explain import causes, weights
 from trimtab.batch import Batch, Outputs, observe
 from trimtab.data.cursor import Cursor
 from trimtab.data.records import DataConfig, load_prompts
@@ -33,6 +34,7 @@ from trimtab.rewards.model import ModelReward
 from trimtab.rewards.shaping import RewardShaping, ShapingConfig
 from trimtab.stages.actor_critic import ActorCritic, CriticConfig, OwnCritic, Passes, PolicyOnly, SharedTrunk
 from trimtab.stages.common import StageConfig, save_checkpoint
+from trimtab.stages.explanation import Explained, write_explanation
 from trimtab.stages.policy_metrics import Clock, Rollout, describe, merged, sample_rows
 from trimtab.training.optimiser import OptimConfig
 from trimtab.types import Group, Score
@@ -60,6 +62,9 @@ class PolicyConfig(StageConfig):
     responses_per_prompt: int = Field(4, gt=0, description="responses sampled for each prompt; they share its encoding")
     micro_batch_tokens: int = Field(4096, gt=0, description="packed tokens per forward and backward pass: lower needs less memory")
     save_every: int | None = Field(None, gt=0, description="steps between checkpoints (one is always saved at the end)")
+    explain_prompts: int = Field(
+        4, ge=0, description="at steps whose samples are recorded: prompts whose responses are written token by token for `trimtab explain`"
+    )
     samples_every: int = Field(10, gt=0, description="steps between recorded samples (the first and last step are always recorded)")
 
     @model_validator(mode="after")
@@ -110,6 +115,8 @@ def policy(name: str, config: PolicyConfig, run: Path, tracker: Tracker) -> dict
         tracker.log(step, metrics)
         if last or step % config.samples_every == 0:
             tracker.samples(step, sample_rows(rollout))
+            if config.explain_prompts:
+                write_explanation(run, step, learner.explain(rollout))
         if last or (config.save_every and (step + 1) % config.save_every == 0):
             save_checkpoint(run, step + 1, tracker, **learner.actor.saveables())
     return metrics
@@ -224,6 +231,16 @@ class PolicyLearning:
             if config.target_kl is not None and not warming and history[-1]["policy/approx_kl"] > config.target_kl:
                 break
         return merged(history)
+
+    def explain(self, rollout: Rollout) -> Explained:
+        """The first prompts of a step, token by token: causes of every advantage, and how the loss pulls after the update."""
+        batch = rollout.batch.with_tokens(**causes(self.algorithm, rollout.batch))
+        shown = range(min(self.config.explain_prompts, len(batch.groups)))
+        batch, scores = batch.select(shown), [rollout.scores[i] for i in shown]
+        outputs = self.actor.look(batch)
+        assert outputs.logprobs is not None
+        batch = batch.with_tokens(logprobs_now=outputs.logprobs, **weights(self.algorithm, batch, outputs))
+        return Explained(batch, scores, self.actor.policy.template)
 
     def _sampler(self) -> AbstractContextManager[None]:
         """While responses are drawn, the model is the policy that samples."""

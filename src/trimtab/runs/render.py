@@ -1,0 +1,24 @@
+"""Pages: a template of this folder, filled and written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def render(template: str, output: Path, filters: Mapping[str, Callable[..., Any]] | None = None, **content: Any) -> Path:
+    """Fill `template` with `content` and write it to `output`; returns `output`."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("trimtab", "runs"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters |= dict(filters or {})
+    html = environment.get_template(template).render(**content)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = output.with_name(f".{output.name}.{os.getpid()}")
+    staging.write_text(html, encoding="utf-8", errors="replace")  # a lone surrogate in a sample has no UTF-8
+    os.replace(staging, output)
+    return output
