@@ -42,8 +42,8 @@ class KLConfig(Config):
     level: Level = Field("token", description="of a loss-placed k1, k2, k3: of each token's log-ratio, or of the whole response's")
     ratio_weighted: bool = Field(
         False,
-        description="multiply a loss-placed penalty by pi / pi_old. With k1 and k3 the ratio's gradient counts too (DeepSeek-V3.2): of the whole "
-        "response they then have the gradient of the KL; with the others it only corrects later inner epochs",
+        description="multiply a loss-placed penalty by pi / pi_old. With k1 and k3 the ratio's gradient counts too (DeepSeek-V3.2): of the "
+        "whole response they then have the gradient of the KL; with the others it only corrects later inner epochs",
     )
     target: float | None = Field(None, gt=0, description="adapt beta so that KL per response (nats) comes near this; null keeps beta fixed")
     horizon: int = Field(10_000, gt=0, description="responses over which an adaptive beta can change by a factor of about e")
