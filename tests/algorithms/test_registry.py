@@ -21,7 +21,7 @@ from trimtab.algorithms.group import GroupRelative
 from trimtab.algorithms.reinforce import RLOO
 from trimtab.batch import Batch, Counts, Loss, Outputs
 from trimtab.data.templates import Template
-from trimtab.maths.policy_losses import Level
+from trimtab.maths.policy_losses import Level, mismatch_weights
 from trimtab.maths.reductions import Aggregation, aggregate
 from trimtab.models.language import LanguageModel
 from trimtab.training.optimiser import OptimConfig, Optimiser
@@ -244,6 +244,37 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient_and_every_ratio_o
     assert float(loss.maxima["ratio_max"]) == float(loss.maxima["ratio_inverse_max"]) == 1.0
     assert float(loss.means["approx_kl"]) == 0.0
     assert float(loss.means.get("clip_fraction", torch.zeros(()))) == 0.0
+
+
+@names
+@pytest.mark.parametrize("mismatch", MISMATCHES[1:], ids=lambda m: f"{m['kind']} {m['level']}")
+def test_a_mismatch_weight_multiplies_the_surrogate_and_nothing_else(name: str, mismatch: dict[str, Any]) -> None:
+    kl = {"beta": 0.3, "place": "loss", "estimator": "k2"}
+    algorithm = make(name, kl=kl, aggregation="token", mismatch=mismatch)
+    batch = algorithm.credit(rollout())
+    counts, old, mask = Counts.of(batch), batch.tokens["logprobs_old"], batch.mask
+    weights = mismatch_weights(old, batch.tokens["logprobs_sampler"], mask, batch.response_of_token, *mismatch.values())
+    assert float((weights - 1).abs().max()) > 0.1
+    leaf = said()["logprobs"].requires_grad_()
+    penalty = 0.15 * (leaf - batch.tokens["logprobs_ref"]).square()
+    expected = (weights * algorithm.surrogate(leaf, batch)[0] + penalty)[mask].sum() / counts.tokens
+    loss = algorithm.policy_loss(Outputs(logprobs=leaf), batch, counts)
+    assert loss.value.item() == pytest.approx(expected.item(), abs=1e-12)
+    assert torch.allclose(*(torch.autograd.grad(x, leaf, retain_graph=True)[0] for x in (loss.value, expected)), atol=1e-12)
+    assert float(loss.means["mismatch_weight"]) == pytest.approx(float(weights[mask].mean()), abs=1e-12)
+
+
+@names
+@pytest.mark.parametrize("how", get_args(Aggregation))
+def test_an_entropy_bonus_raises_entropy_by_its_weight(name: str, how: Aggregation) -> None:
+    algorithm = make(name, aggregation=how, entropy_weight=0.25)
+    batch = algorithm.credit(rollout())
+    counts, entropy = Counts.of(batch), batch.tokens["entropy"].clone().requires_grad_()
+    loss = algorithm.policy_loss(Outputs(logprobs=batch.tokens["logprobs_old"], entropy=entropy), batch, counts)
+    sizes = {"tokens": counts.tokens, "responses": counts.responses, "length": LONGEST}
+    bonus = aggregate(0.25 * entropy, batch.mask, batch.response_of_token, how, **sizes)
+    assert torch.equal(*(torch.autograd.grad(x, entropy)[0] for x in (-loss.value, bonus)))
+    assert float(loss.means["entropy"]) == pytest.approx(float(batch.tokens["entropy"][batch.mask].mean()), abs=1e-12)
 
 
 @names
