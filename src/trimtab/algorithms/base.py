@@ -69,13 +69,13 @@ class KLPenalty:
         self.config, self.beta = config, config.beta
 
     def rewards(self, batch: Batch) -> Tensor:
-        """-beta penalty_t of every token, without gradient; zero where the penalty is (only) in the loss."""
+        """-beta penalty_t of every token of the policy's own, without gradient; zero where the penalty is (only) in the loss."""
         old = batch.tokens["logprobs_old"]
         if not self.beta or (self.config.place == "loss" and self.config.estimator != "rao-blackwell"):
             return torch.zeros_like(old)
         if self.config.estimator == "rao-blackwell":
-            return kl.kl_to_go_rewards(batch.tokens["full_kl"], batch.last_token, self.beta)
-        return -self.beta * self._estimate(old, batch.tokens["logprobs_ref"], batch.tokens.get("full_kl"))
+            return kl.kl_to_go_rewards(batch.tokens["full_kl"] * batch.mask, batch.last_token, self.beta)
+        return -self.beta * self._estimate(old, batch.tokens["logprobs_ref"], batch.tokens.get("full_kl")) * batch.mask
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor | float:
         """beta penalty_t as a term of the loss, with gradient; a whole response's penalty is counted once, shared by its tokens."""
@@ -109,7 +109,7 @@ class KLPenalty:
     def adapt(self, batch: Batch) -> None:
         """After a step: move an adaptive beta towards its target."""
         if self.config.target is not None:
-            per_response = batch.sum_by_response(kl.k1(batch.tokens["logprobs_old"], batch.tokens["logprobs_ref"]))
+            per_response = batch.sum_by_response(kl.k1(batch.tokens["logprobs_old"], batch.tokens["logprobs_ref"]) * batch.mask)
             measured = float(per_response.mean())
             self.beta = kl.adapted_beta(self.beta, measured, self.config.target, len(batch.lengths), self.config.horizon)
 
@@ -239,7 +239,7 @@ class PolicyGradient:
         mask, log_ratio, n = batch.mask, outputs.logprobs - batch.tokens["logprobs_old"], max(1, counts.tokens)
         means = {"approx_kl": (torch.expm1(log_ratio) - log_ratio)[mask].sum() / n}
         if clipped is not None:
-            means["clip_fraction"] = clipped[mask].sum() / n
+            means["clip_fraction"] = clipped[mask].to(log_ratio.dtype).sum() / n
         if weights is not None:
             means["mismatch_weight"] = weights[mask].sum() / n
         if outputs.entropy is not None:

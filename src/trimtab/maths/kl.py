@@ -17,7 +17,8 @@ Source: Schulman, "Approximating KL divergence" (2020). What a *gradient* does d
     k2, or the full per-prefix KL, per token as a loss      misses what a token does to later KL
     k3 per token as a loss (GRPO)                 both faults
     k2 in the reward                              E[k2 grad log pi], no KL's: vanishes to first order near pi_ref
-    k3 in the reward                              grad KL(pi || ref) - grad KL(ref || pi): vanishes to first order near pi_ref
+    k3 in the reward                              grad KL(pi || ref) less what k3 as a loss has: vanishes to first order near pi_ref
+    the full per-prefix KL in the reward          only what a token does to later KL: vanishes to first order near pi_ref
 """
 
 from __future__ import annotations

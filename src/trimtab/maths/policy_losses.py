@@ -78,7 +78,7 @@ def soft_gate(
     Instead of a cut-off the gradient's weight 4 sigma (1 - sigma) rho falls off smoothly from 1 at rho = 1. Source: Gao et al. 2025 (SAPO).
     """
     ratio = torch.exp(logprobs - logprobs_old)
-    tau = torch.where(advantages > 0, positive, negative).to(ratio.dtype)
+    tau = torch.where(advantages > 0, ratio.new_tensor(positive), ratio.new_tensor(negative))
     return -torch.sigmoid(tau * (ratio - 1)) * (4 / tau) * advantages
 
 
