@@ -13,30 +13,30 @@ BETA = 0.5
 SEEDS = 5
 
 TABLES = (
-    Task("any reward", vocabulary=4, length=4, prompts=("a",), rewards="random"),
-    Task("pattern", vocabulary=3, length=5, prompts=("a", "b"), rewards="pattern"),
+    Task("any reward", vocabulary=4, length=4, prompts=(".",), rewards="random"),
+    Task("pattern", vocabulary=3, length=5, prompts=(".a", ".b"), rewards="pattern"),
 )
 """Tasks for tables, which can represent every policy: 121 responses; 63 responses to each of two prompts."""
 
 SMOOTH = (
-    Task("places", vocabulary=3, length=4, prompts=("a",), rewards="places"),
-    Task("places of two prompts", vocabulary=3, length=4, prompts=("a", "b"), rewards="places", seed=1),
+    Task("places", vocabulary=3, length=4, prompts=(".",), rewards="places"),
+    Task("places of two prompts", vocabulary=3, length=4, prompts=(".a", ".b"), rewards="places", seed=1),
 )
-"""Tasks for a small transformer, whose rewards it can follow. (An arbitrary table it can only approach: exact gradient ascent on the
-first task above leaves it a gap of 0.04 to 0.2, which is no fault of an algorithm.)"""
+"""Tasks for a small transformer, smooth enough that it need not learn every response by heart. (On the first task above it has come
+within 2 % after 250 steps: what is left is its optimisation, not an algorithm's fault.)"""
 
 COMMON = (
     "model.dtype=float64", "reward.function=trimtab.exact.task:from_row", f"algorithm.kl.beta={BETA}", "micro_batch_tokens=100000",
     "explain_prompts=0", "optim.max_grad_norm=1000", "critic.optim.max_grad_norm=1000",
 )  # fmt: skip
-FOR_TABLES = ("steps=400", "optim.lr=0.1", "critic.optim.lr=0.1", "optim.betas=[0.9,0.99]")
-FOR_TRANSFORMERS = ("steps=250", "optim.lr=0.001", "optim.warmup_steps=10", "critic.optim.lr=0.05", "critic.weight=0.05")
-RESPONSES, MANY = 256, 512
+FOR_TABLES = ("steps=420", "optim.lr=0.1", "critic.optim.lr=0.1", "optim.betas=[0.9,0.99]")
+FOR_TRANSFORMERS = ("steps=150", "optim.lr=0.001", "optim.warmup_steps=10", "critic.optim.lr=0.05", "critic.weight=0.05")
+RESPONSES, MANY = 256, 1024
 
 EXACT = {
     "ppo": ("algorithm.whiten_advantages=false", "algorithm.value_clip=null"),
     "a2c": (),
-    "reinforce": ("steps=700",),
+    "reinforce": (),
     "rloo": (),
 }
 """Algorithms that must meet the optimum: settings beside the common ones. Whitening divides by a spread that vanishes at the optimum,
@@ -89,7 +89,7 @@ class Case:
     @property
     def recipe(self) -> tuple[str, ...]:
         """The settings of the run, but for its files."""
-        prompts, responses = len(self.task.prompts), MANY if self.algorithm == "reinforce" else RESPONSES
+        prompts, responses = len(self.task.prompts), MANY if (self.algorithm, self.policy) == ("reinforce", "tabular") else RESPONSES
         size = FOR_TABLES if self.policy == "tabular" else FOR_TRANSFORMERS
         sampling = (f"prompts_per_step={prompts}", f"responses_per_prompt={responses // prompts}", f"engine.rows={responses}")
         return (*COMMON, *size, *sampling, f"sampling.max_tokens={self.task.length}", f"seed={self.seed}", *self.settings)

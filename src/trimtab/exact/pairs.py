@@ -21,10 +21,10 @@ from trimtab.exact.task import Quiet, Task, exact_logprobs, standing
 from trimtab.maths.optimum import optimal_logprobs
 from trimtab.types import Response
 
-TASK = Task("pairs", vocabulary=3, length=3, prompts=("a",), rewards="random", seed=2)
+TASK = Task("pairs", vocabulary=3, length=3, prompts=(".",), rewards="random", seed=2)
 BETA = 0.5
 SIZES = (1_000, 4_000, 16_000)
-SEEDS = 10
+SEEDS = 8
 FLAT = 2.0
 """The largest N * gap (mean over seeds) may be this many times the smallest."""
 
@@ -75,7 +75,9 @@ def write_choices(path: Path, count: int, seed: int) -> Path:
         return {name: response.text, f"{name}_truncated": response.truncated}
 
     rows = zip(chosen, rejected, strict=True)
-    write_jsonl(path, [{"prompt": "a", **answer("chosen", TASK.responses[a]), **answer("rejected", TASK.responses[b])} for a, b in rows])
+    write_jsonl(
+        path, [{"prompt": TASK.prompts[0], **answer("chosen", TASK.responses[a]), **answer("rejected", TASK.responses[b])} for a, b in rows]
+    )
     return path
 
 

@@ -31,6 +31,9 @@ Kind = Literal["tabular", "transformer"]
 class Task:
     """All responses of at most `length` tokens over `vocabulary` tokens (token 0 ends a response), to one or more prompts.
 
+    Prompts begin with the end token, which occurs nowhere else before the end: from "aaaa" alone a transformer with relative positions
+    could not tell how many tokens there were.
+
     rewards: "random": N(0, 1) for every response. "places": a N(0, 0.6^2) weight for every token at every place, added up.
              "pattern": +1 for every "ab" and -1 for every "bb" in prompt and response.
     """
@@ -56,7 +59,7 @@ class Task:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """Every prompt with all its responses."""
-        return tuple(Group(Prompt(tuple(LETTERS.index(c) + 1 for c in text), text), self.responses) for text in self.prompts)
+        return tuple(Group(Prompt(tuple(map(_token, text)), text), self.responses) for text in self.prompts)
 
     @cached_property
     def reward_table(self) -> Tensor:
@@ -90,6 +93,10 @@ class Task:
         with tempfile.TemporaryDirectory() as place:
             path = self.write_model(Path(place), kind, seed)
             return LanguageModel.load(ModelConfig(path=str(path), dtype="float64"), trainable=False)
+
+
+def _token(letter: str) -> int:
+    return 0 if letter == END else LETTERS.index(letter) + 1
 
 
 def from_row(prompt: str, response: str, row: Mapping[str, Any]) -> float:
