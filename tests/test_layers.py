@@ -15,7 +15,7 @@ LAYERS = [
     "stages", "runs", "demo", "exact", "cli",
 ]  # fmt: skip
 SIBLINGS = {
-    "algorithms": {"base", "group", "preference_base"},
+    "algorithms": {"base", "group"},
     "engines": {"sampling"},
     "rewards": {"numerals", "sandbox"},
     "stages": {"common", "actor_critic", "policy_metrics", "explanation", "sample"},

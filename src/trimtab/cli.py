@@ -271,12 +271,23 @@ def _help() -> str:
         "usage: trimtab COMMAND [recipe.yaml] [key=value ...] [--overwrite]",
         "       trimtab COMMAND --help          every setting of a command",
         "",
-        *(f"  {name:<{width}}{command.what}" for name, command in COMMANDS.items()),
-        *(f"  {name:<{width}}{what}" for name, what in TOOLS.items()),
-        "",
+        *(line for title, names in _sections() for line in (title, *(f"  {name:<{width}}{what}" for name, what in names.items()), "")),
         "example: trimtab sample prompt='The best thing about the sea is' n=3 sampling.max_tokens=24",
     ]
     return "\n".join(lines)
+
+
+def _sections() -> list[tuple[str, dict[str, str]]]:
+    """The commands under headings: (heading, name -> what it does)."""
+    what = {name: command.what for name, command in COMMANDS.items()}
+    teaching = ("sft", "reward", "rejection")
+    families = [("improve a policy against a reward", [*ALGORITHMS]), ("learn from preferences directly", [*PREFERENCES])]
+    others = [name for name in what if name not in (*teaching, *ALGORITHMS, *PREFERENCES)]
+    sections = [("teach a model", [*teaching]), *families, ("sample, judge, measure", others)]
+    return [
+        *((title, {name: what[name] for name in names}) for title, names in sections),
+        ("look into runs, and at the mathematics", TOOLS),
+    ]
 
 
 def _command_help(name: str) -> None:

@@ -1,6 +1,6 @@
 """Learning from preferences without a reward model: the policy is its own, r = beta (log pi - log pi_ref) + constant.
 
-One stage for every loss; what differs between them is in `algorithms/preferences.py`. Where the reference is the starting point,
+One stage for every loss; what differs between them is in `algorithms/preferences/`. Where the reference is the starting point,
 its log-probabilities are computed once, before training; where it moves, for every minibatch; where there is none, never.
 """
 

@@ -1,0 +1,1 @@
+"""The preference losses: one base, and a file for each kind of data they look at."""
