@@ -50,6 +50,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.folder(tmp_path_factory.mktemp("model") / "tiny", scale=1.0, dtype=torch.float64, num_hidden_layers=1)
 
 
+@pytest.fixture(scope="module")
+def exact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPT-2 computes all of it in float64; Llama's norms and rotary embeddings do not."""
+    return tiny.folder(tmp_path_factory.mktemp("exact") / "tiny", "gpt2", scale=1.0, dtype=torch.float64, n_layer=1)
+
+
 def encode(text: str) -> tuple[int, ...]:
     return tuple(TOKENIZER.encode(text, add_special_tokens=False))
 
@@ -90,14 +96,32 @@ def recipe(name: str, folder: Path, *overrides: str) -> Any:
 
 
 def learn(
-    name: str, folder: Path, run: Path, records: Sequence[Comparison], *overrides: str, holdout: Sequence[Comparison] = ()
+    name: str,
+    folder: Path,
+    run: Path,
+    records: Sequence[Comparison],
+    *overrides: str,
+    holdout: Sequence[Comparison] = (),
+    repeated: bool = False,
 ) -> tuple[dict[str, torch.Tensor], tiny.Recorder, PreferenceLearning]:
     """Train on records; returns the weights, the tracker and the learner."""
     config, tracker = recipe(name, folder, *overrides), tiny.Recorder()
     model = copy.deepcopy(loaded(folder))
+    if repeated:
+        model.forward = one_by_one(model.forward)
     learner = PreferenceLearning(name, config, model, records, holdout, tracker)
     learner.fit(run, tracker)
     return {key: p.detach().clone() for key, p in model.trainable().items()}, tracker, learner
+
+
+def one_by_one(forward: Any) -> Any:
+    """A forward pass that reads every response behind a prompt of its own."""
+
+    def read(batch: Batch, **options: Any) -> Outputs:
+        alone = [Batch((Group(g.prompt, (r,)),)) for g in batch.groups for r in g.responses]
+        return Outputs(torch.cat([forward(one, **options).logprobs for one in alone]))
+
+    return read
 
 
 def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -119,6 +143,16 @@ def test_micro_batches_and_order_change_nothing(name: str, data: str, folder: Pa
         same = [key for key in row if "time/" not in key and key not in rounding]
         assert [row[key] for key in same] == pytest.approx([again[key] for key in same])
     assert furthest(one, loaded(folder).trainable()) > 1e-6  # and something was learnt
+
+
+@pytest.mark.parametrize(("name", "data"), CASES)
+def test_a_shared_prompt_is_as_good_as_repeated_ones(name: str, data: str, exact_folder: Path, tmp_path: Path) -> None:
+    records = comparisons() if data == "pairs" else labelled()
+    common = ("fit.steps=2", "optim.schedule=constant", "optim.eps=1e-3")
+    shared, _, _ = learn(name, exact_folder, tmp_path / "a", records, *common)
+    repeated, _, _ = learn(name, exact_folder, tmp_path / "b", records, *common, repeated=True)
+    assert furthest(shared, repeated) < 1e-9
+    assert furthest(shared, loaded(exact_folder).trainable()) > 1e-6
 
 
 @pytest.mark.parametrize(("name", "data"), CASES)

@@ -127,5 +127,7 @@ def _draw(results: Sequence[Result], file: Path) -> None:
         exact = r.expects == "exact" and r.kl == "k1 in the reward"
         if exact or r.kl != "k1 in the reward":
             named.setdefault("k1 in the reward (the optimum)" if exact else r.kl, r)
-    points = [Point(name, r.divergence, r.reward, r.reward, r.reward) for name, r in named.items()]
+    start = float((reference.exp() * TABLES[0].reward_table).sum(1).mean())
+    points = [Point("reference", 0.0, start, start, start)]
+    points += [Point(name, r.divergence, r.reward, r.reward, r.reward) for name, r in named.items()]
     frontier_png(points, ([kl for kl, _ in curve], [reward for _, reward in curve]), file, reward=f"E[r], task {TABLES[0].name!r}")

@@ -10,7 +10,7 @@ from trimtab.exact.task import Task
 from trimtab.maths.optimum import kl_divergence, log_partition, optimal_logprobs
 
 
-def frontier(task: Task, logprobs_ref: Tensor, points: int = 60) -> list[tuple[float, float]]:
+def frontier(task: Task, logprobs_ref: Tensor, points: int = 200) -> list[tuple[float, float]]:
     """(KL, E[r]) of the optimum pi*_beta for many beta, from near the reference to near the best response."""
     betas = [10 ** (1.5 - 3.2 * i / (points - 1)) for i in range(points)]
     return [_optimum(task, logprobs_ref, beta) for beta in betas]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, create_model
 from torch import Tensor
 
 from trimtab.batch import Batch, Counts, Loss, LossFunction, Outputs
@@ -25,6 +25,17 @@ class StageConfig(Config):
     output: str = Field(description="the run directory to write")
     seed: int = Field(0, ge=0, description="decides every random draw of the run")
     trackers: list[str] = Field(default_factory=list, description="also report to: tensorboard, wandb, mlflow")
+
+
+def recipe_type(name: str, base: type[StageConfig], algorithm: type[Config]) -> Any:
+    """The recipe of a stage that serves many algorithms, with `algorithm` holding the settings of this one."""
+    return create_model(  # type: ignore[call-overload]
+        f"{name.upper()}RecipeConfig",
+        __base__=base,
+        __doc__=f"A recipe of `trimtab {name}`.",
+        output=(str, Field(f"runs/{name}", description="the run directory to write")),
+        algorithm=(algorithm, Field(default_factory=algorithm, description=f"settings of {name}")),
+    )
 
 
 class Saveable(Protocol):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, model_validator
 
 from trimtab import rewards, seeds
 from trimtab.algorithms import ALGORITHMS
@@ -33,7 +33,7 @@ from trimtab.rewards import RewardConfig
 from trimtab.rewards.model import ModelReward
 from trimtab.rewards.shaping import RewardShaping, ShapingConfig
 from trimtab.stages.actor_critic import ActorCritic, CriticConfig, OwnCritic, Passes, PolicyOnly, SharedTrunk
-from trimtab.stages.common import StageConfig, save_checkpoint
+from trimtab.stages.common import StageConfig, recipe_type, save_checkpoint
 from trimtab.stages.explanation import Explained, write_explanation
 from trimtab.stages.policy_metrics import Clock, Rollout, describe, merged, sample_rows
 from trimtab.training.optimiser import OptimConfig
@@ -89,14 +89,7 @@ class PolicyConfig(StageConfig):
 @cache
 def policy_config(algorithm: str) -> type[PolicyConfig]:
     """The recipe type of one algorithm."""
-    own = ALGORITHMS[algorithm].load().Config
-    return create_model(  # type: ignore[no-any-return, call-overload]
-        f"{algorithm.upper()}RecipeConfig",
-        __base__=PolicyConfig,
-        __doc__=f"A recipe of `trimtab {algorithm}`.",
-        output=(str, Field(f"runs/{algorithm}", description="the run directory to write")),
-        algorithm=(own, Field(default_factory=own, description=f"settings of {algorithm}")),
-    )
+    return recipe_type(algorithm, PolicyConfig, ALGORITHMS[algorithm].load().Config)  # type: ignore[no-any-return]
 
 
 def policy(name: str, config: PolicyConfig, run: Path, tracker: Tracker) -> dict[str, float]:

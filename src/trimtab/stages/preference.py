@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, create_model
+from pydantic import Field
 from torch import Tensor
 
 from trimtab.algorithms import PREFERENCES
@@ -26,7 +26,7 @@ from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 from trimtab.models.reference import MovingReference
 from trimtab.protocols import Tracker
-from trimtab.stages.common import StageConfig, check_lengths, comparison_batch, save_checkpoint
+from trimtab.stages.common import StageConfig, check_lengths, comparison_batch, recipe_type, save_checkpoint
 from trimtab.training.fit import FitConfig, Hooks, fit
 from trimtab.training.optimiser import OptimConfig, Optimiser
 from trimtab.types import Comparison, Group
@@ -44,14 +44,7 @@ class PreferenceConfig(StageConfig):
 @cache
 def preference_config(name: str) -> type[PreferenceConfig]:
     """The recipe type of one preference loss."""
-    own = PREFERENCES[name].load().Config
-    return create_model(  # type: ignore[no-any-return, call-overload]
-        f"{name.upper()}RecipeConfig",
-        __base__=PreferenceConfig,
-        __doc__=f"A recipe of `trimtab {name}`.",
-        output=(str, Field(f"runs/{name}", description="the run directory to write")),
-        algorithm=(own, Field(default_factory=own, description=f"settings of {name}")),
-    )
+    return recipe_type(name, PreferenceConfig, PREFERENCES[name].load().Config)  # type: ignore[no-any-return]
 
 
 def preference(name: str, config: Any, run: Path, tracker: Tracker) -> dict[str, float]:

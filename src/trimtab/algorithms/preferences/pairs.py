@@ -173,27 +173,19 @@ class MeanIPO(IPO):
     Config = MeanIPOConfig
 
 
-class HingeConfig(BetaConfig):
-    """Settings of the hinge loss."""
-
-
 class Hinge(PairLoss):
     """SLiC's hinge on the margin."""
 
-    Config = HingeConfig
+    Config = BetaConfig
 
     def terms(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return losses.hinge(chosen, rejected, self.config.beta)
 
 
-class BCOPairConfig(BetaConfig):
-    """Settings of BCO on pairs."""
-
-
 class BCOPair(PairLoss):
     """Binary classifier optimisation on both responses of a pair, with the baseline at 0."""
 
-    Config = BCOPairConfig
+    Config = BetaConfig
 
     def terms(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return losses.bco_pair(chosen, rejected, self.config.beta)
@@ -261,27 +253,19 @@ class EXO(PairLoss):
         return losses.exo_pair(chosen, rejected, self.config.beta, self.config.label_smoothing)
 
 
-class NCAConfig(BetaConfig):
-    """Settings of NCA."""
-
-
 class NCA(PairLoss):
     """Noise contrastive alignment: keeps the chosen response's own probability from falling."""
 
-    Config = NCAConfig
+    Config = BetaConfig
 
     def terms(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return losses.nca_pair(chosen, rejected, self.config.beta)
 
 
-class APOConfig(BetaConfig):
-    """Settings of anchored preference optimisation."""
-
-
 class APOZero(PairLoss):
     """Anchored preference optimisation, chosen up and rejected down: for data better than the policy."""
 
-    Config = APOConfig
+    Config = BetaConfig
 
     def terms(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return losses.apo_zero(chosen, rejected, self.config.beta)
@@ -290,7 +274,7 @@ class APOZero(PairLoss):
 class APODown(PairLoss):
     """Anchored preference optimisation, both down and the rejected further: for data worse than the policy."""
 
-    Config = APOConfig
+    Config = BetaConfig
 
     def terms(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return losses.apo_down(chosen, rejected, self.config.beta)
