@@ -110,8 +110,7 @@ class Template:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of a response's tokens, special tokens left out."""
         # many decoders drop the first token's space: it is part of an answer, so decode behind an anchor
-        anchor, text = self._anchor, self._decoded([*self._anchor, *tokens], skip_special_tokens=True)
-        lead = self._decoded(anchor, skip_special_tokens=True)
+        text, lead = self._decoded([*self._anchor, *tokens], skip_special_tokens=True), self._lead
         return text[len(lead) :] if text.startswith(lead) else self._decoded(tokens, skip_special_tokens=True)
 
     @cached_property
@@ -198,6 +197,10 @@ class Template:
     @cached_property
     def _anchor(self) -> list[int]:
         return self._ids("\n")
+
+    @cached_property
+    def _lead(self) -> str:
+        return self._decoded(self._anchor, skip_special_tokens=True)
 
     def _anchored(self, text: str) -> list[int]:
         ids = self._ids("\n" + text)

@@ -29,8 +29,9 @@ COMMON = (
     "model.dtype=float64", "reward.function=trimtab.exact.task:from_row", f"algorithm.kl.beta={BETA}", "micro_batch_tokens=100000",
     "explain_prompts=0", "optim.max_grad_norm=1000", "critic.optim.max_grad_norm=1000",
 )  # fmt: skip
-FOR_TABLES = ("steps=420", "optim.lr=0.1", "critic.optim.lr=0.1", "optim.betas=[0.9,0.99]")
-FOR_TRANSFORMERS = ("steps=150", "optim.lr=0.001", "optim.warmup_steps=10", "critic.optim.lr=0.05", "critic.weight=0.05")
+FOR_TABLES = ("steps=400", "optim.lr=0.1", "critic.optim.lr=0.1", "optim.betas=[0.9,0.99]")
+FOR_TRANSFORMERS = ("steps=250", "optim.lr=0.001", "optim.warmup_steps=10", "critic.optim.lr=0.05", "critic.weight=0.05")
+LONGER = ("steps=700", "optim.lr=0.07")
 RESPONSES, MANY = 256, 1024
 
 EXACT = {
@@ -91,6 +92,7 @@ class Case:
         """The settings of the run, but for its files."""
         prompts, responses = len(self.task.prompts), MANY if (self.algorithm, self.policy) == ("reinforce", "tabular") else RESPONSES
         size = FOR_TABLES if self.policy == "tabular" else FOR_TRANSFORMERS
+        size += LONGER if responses == MANY else ()
         sampling = (f"prompts_per_step={prompts}", f"responses_per_prompt={responses // prompts}", f"engine.rows={responses}")
         return (*COMMON, *size, *sampling, f"sampling.max_tokens={self.task.length}", f"seed={self.seed}", *self.settings)
 
