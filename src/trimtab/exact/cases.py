@@ -32,7 +32,7 @@ COMMON = (
 FOR_TABLES = ("steps=400", "optim.lr=0.1", "critic.optim.lr=0.1", "optim.betas=[0.9,0.99]")
 FOR_TRANSFORMERS = ("steps=250", "optim.lr=0.001", "optim.warmup_steps=10", "critic.optim.lr=0.05", "critic.weight=0.05")
 LONGER = ("steps=700", "optim.lr=0.07")
-RESPONSES, MANY = 256, 1024
+RESPONSES = 256
 
 EXACT = {
     "ppo": ("algorithm.whiten_advantages=false", "algorithm.value_clip=null"),
@@ -90,9 +90,12 @@ class Case:
     @property
     def recipe(self) -> tuple[str, ...]:
         """The settings of the run, but for its files."""
-        prompts, responses = len(self.task.prompts), MANY if (self.algorithm, self.policy) == ("reinforce", "tabular") else RESPONSES
-        size = FOR_TABLES if self.policy == "tabular" else FOR_TRANSFORMERS
-        size += LONGER if responses == MANY else ()
+        prompts, many = len(self.task.prompts), self.algorithm == "reinforce"
+        size: tuple[str, ...] = FOR_TRANSFORMERS
+        responses = 2 * RESPONSES if many else RESPONSES
+        if self.policy == "tabular":
+            size = (*FOR_TABLES, *LONGER) if many else FOR_TABLES
+            responses = 4 * RESPONSES if many else RESPONSES
         sampling = (f"prompts_per_step={prompts}", f"responses_per_prompt={responses // prompts}", f"engine.rows={responses}")
         return (*COMMON, *size, *sampling, f"sampling.max_tokens={self.task.length}", f"seed={self.seed}", *self.settings)
 

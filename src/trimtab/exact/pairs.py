@@ -23,7 +23,7 @@ from trimtab.types import Response
 
 TASK = Task("pairs", vocabulary=3, length=3, prompts=(".",), rewards="random")
 BETA = 0.5
-SIZES = (1_000, 4_000, 16_000)
+SIZES = (1_000, 3_000, 9_000)
 SEEDS = 12
 FLAT = 2.0
 """The largest N * gap (mean over seeds) may be this many times the smallest, and each as far from its expectation. A single run varies
