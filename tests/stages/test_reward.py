@@ -14,24 +14,14 @@ from transformers import AutoModelForSequenceClassification
 
 import bag
 import tiny
+from trimtab.algorithms.reward import READS, Kind, RewardLossConfig, reward_loss
 from trimtab.batch import Batch, Counts, Outputs, observe
 from trimtab.config import load_recipe
 from trimtab.errors import ConfigError, DataError
 from trimtab.maths.reward_losses import list_sum
 from trimtab.models.loading import ModelConfig
 from trimtab.models.scorer import Scorer
-from trimtab.stages.reward import (
-    READS,
-    Kind,
-    RewardLossConfig,
-    RewardModelConfig,
-    bootstrap_weights,
-    check_fit,
-    held_out_metrics,
-    reward,
-    reward_batch,
-    reward_loss,
-)
+from trimtab.stages.reward import RewardModelConfig, bootstrap_weights, check_fit, held_out_metrics, reward, reward_batch
 from trimtab.training.optimiser import OptimConfig, Optimiser
 from trimtab.training.update import update
 from trimtab.types import Comparison, Group, Step

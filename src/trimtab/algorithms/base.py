@@ -21,7 +21,7 @@ from trimtab.config import Config
 from trimtab.maths import kl
 from trimtab.maths.advantages import rewards_to_go
 from trimtab.maths.policy_losses import Level, importance_weighted, mismatch_weights, response_sum
-from trimtab.maths.reductions import Aggregation, aggregate, to_column, to_rows
+from trimtab.maths.reductions import Aggregation, aggregate, mean_over_pairs, to_column, to_rows
 from trimtab.maths.value_losses import squared_error
 
 Role = Literal["frozen", "synced", "ema", "none"]
@@ -256,3 +256,9 @@ def per_response(batch: Batch, x: Tensor) -> Tensor:
 def to_go(batch: Batch, rewards: Tensor, discount: float) -> Tensor:
     """Discounted reward-to-go of every token."""
     return to_column(rewards_to_go(to_rows(rewards, batch.lengths), discount), batch.lengths)
+
+
+def over_pairs(x: Tensor, batch: Batch, counts: Counts) -> Tensor:
+    """Mean over the pairs of each prompt, then over all prompts of the minibatch."""
+    better, _ = batch.pairs()
+    return mean_over_pairs(x, batch.group_of_response[better], groups=counts.groups)

@@ -9,12 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from pydantic import Field, create_model
-from torch import Tensor
 
 from trimtab.batch import Batch, Counts, Loss, LossFunction, Outputs
 from trimtab.config import Config
 from trimtab.errors import DataError
-from trimtab.maths.reductions import Aggregation, aggregate, mean_over_pairs
+from trimtab.maths.reductions import Aggregation, aggregate
 from trimtab.protocols import Tracker
 from trimtab.types import Comparison, Group, Prompt, Response
 
@@ -86,11 +85,6 @@ def comparison_batch(comparisons: Sequence[Comparison]) -> Batch:
     margin = [c.margin for c in comparisons for _ in c.scores]
     columns = {"judgement": torch.tensor(judgement, dtype=torch.float64), "margin": torch.tensor(margin, dtype=torch.float64)}
     return Batch(tuple(c.group for c in comparisons), {}, columns)
-
-
-def pair_mean(x: Tensor, better: Tensor, batch: Batch, counts: Counts) -> Tensor:
-    """Mean over the pairs of each prompt, then over prompts, by the global number of prompts."""
-    return mean_over_pairs(x, batch.group_of_response[better], groups=counts.groups)
 
 
 def sample_row(prompt: Prompt, response: Response, reward: float, parts: Mapping[str, float], kl: float) -> dict[str, Any]:

@@ -20,11 +20,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.algorithms.base import ReferenceConfig, Role
+from trimtab.algorithms.base import ReferenceConfig, Role, over_pairs
 from trimtab.batch import Batch, Counts, Loss, Outputs
 from trimtab.config import Config
 from trimtab.maths.preference_losses import desensitised_weights, wpo_weights
-from trimtab.maths.reductions import mean_over_pairs
 
 LogRatio = Literal["sum", "mean", "desensitised"]
 
@@ -299,12 +298,6 @@ def own_tokens(batch: Batch) -> Tensor:
 def mean_by_response(column: Tensor, batch: Batch) -> Tensor:
     """A masked token column averaged over each response's own tokens."""
     return batch.sum_by_response(column) / own_tokens(batch).clamp(min=1)
-
-
-def over_pairs(x: Tensor, batch: Batch, counts: Counts) -> Tensor:
-    """Mean over the pairs of each prompt, then over all prompts of the minibatch."""
-    better, _ = batch.pairs()
-    return mean_over_pairs(x, batch.group_of_response[better], groups=counts.groups)
 
 
 def _desensitised(column: Tensor, batch: Batch, response: Tensor, public: Tensor, alpha: float) -> Tensor:
