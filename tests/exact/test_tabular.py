@@ -15,7 +15,7 @@ from trimtab.models.language import plain_logprobs
 from trimtab.models.loading import ModelConfig, plain_attention
 from trimtab.models.scorer import Scorer
 
-TASK = Task("t", vocabulary=4, length=4, prompts=(".", ".cb"), rewards="random")
+TASK = Task("t", vocabulary=4, length=4, prompts=(".b", ".cb"), rewards="random")
 
 
 @pytest.mark.parametrize("kind", ["tabular", "transformer"])

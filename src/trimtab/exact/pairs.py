@@ -107,11 +107,11 @@ def run_pairs(case: PairsCase) -> PairsResult:
         trained = model.model_copy(update={"path": str(run / "checkpoints" / "last" / "model")})
         logprobs: Tensor
         if case.method == "dpo":
-            settings = [f"algorithm.beta={BETA}", "optim.lr=0.2", "optim.max_grad_norm=1000"]
+            settings = [f"algorithm.beta={BETA}", "optim.lr=0.2", "optim.max_grad_norm=1000", "optim.betas=[0.8,0.9]"]
             preference("dpo", load_recipe(preference_config("dpo"), None, [*files, *settings]), run, Quiet())
             logprobs = exact_logprobs(TASK, LanguageModel.load(trained, trainable=False))
         else:
-            settings = ["loss.centring=0", "head_optim.lr=0.2", "head_optim.max_grad_norm=1000"]
+            settings = ["loss.centring=0", "head_optim.lr=0.2", "head_optim.max_grad_norm=1000", "head_optim.betas=[0.8,0.9]"]
             reward(load_recipe(RewardModelConfig, None, [*files, *settings]), run, Quiet())
             scores = Scorer.load(trained, head="saved", trainable=False).scores(Batch(TASK.groups)).scores
             assert scores is not None
