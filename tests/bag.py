@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tiny
 from trimtab.data.templates import Template
-from trimtab.models.packed import AttentionSettings
+from trimtab.models.attention import AttentionSettings
 from trimtab.models.scorer import Note, Scorer
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from trimtab.config import Config
 from trimtab.engines.sampling import SamplingConfig, draw
 from trimtab.errors import DataError
+from trimtab.models.attention import AttentionSettings, attention
 from trimtab.models.language import LanguageModel
-from trimtab.models.packed import AttentionSettings, Layout, attend_block
+from trimtab.models.packed import Layout
 from trimtab.types import Group, Prompt, Response
 
 
@@ -159,10 +160,7 @@ class Cache:
         for target, x in zip(padded, (k, v), strict=True):
             target[rows] = x
         self.prompts[layer] = (padded[0].transpose(1, 2).contiguous(), padded[1].transpose(1, 2).contiguous())
-        out = torch.zeros_like(q)
-        for block in self.layout.blocks:
-            out += attend_block(block, q, k, v, settings)
-        return out
+        return attention(q, k, v, self.layout.plan, settings)
 
     def _attend_step(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         assert self.time is not None
