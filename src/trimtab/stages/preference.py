@@ -22,9 +22,11 @@ from trimtab.batch import Batch, Counts, Outputs, observe
 from trimtab.data.records import DataConfig, load_comparisons
 from trimtab.errors import DataError
 from trimtab.maths.statistics import wilson_interval
+from trimtab.models import reference_cache
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 from trimtab.models.reference import MovingReference
+from trimtab.models.reference_cache import Found, ReferenceCache
 from trimtab.protocols import Tracker
 from trimtab.stages.common import StageConfig, check_lengths, comparison_batch, recipe_type, save_checkpoint
 from trimtab.training.fit import FitConfig, Hooks, fit
@@ -36,6 +38,11 @@ class PreferenceConfig(StageConfig):
     """A recipe of learning from preferences; `algorithm` holds the settings of the loss that the command names."""
 
     model: ModelConfig = Field(default_factory=ModelConfig, description="the policy; as it is at the start, it is the reference too")
+    reference_cache: str | None = Field(
+        "default",
+        description="folder in which a frozen reference's log-probabilities are kept, so that the next run on this model and data reads "
+        "them; default: beside trimtab's other caches ($TRIMTAB_CACHE); null: compute them anew",
+    )
     data: DataConfig = Field(description="comparisons: chosen and rejected, rankings or ratings (all pairs are used), or labels")
     fit: FitConfig = Field(default_factory=FitConfig)
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=1e-6))
@@ -53,7 +60,8 @@ def preference(name: str, config: Any, run: Path, tracker: Tracker) -> dict[str,
     comparisons = load_comparisons(config.data, model.template)
     comparisons.report(tracker)
     check_lengths([c.group for c in (*comparisons.records, *comparisons.holdout)], model.context, "a comparison")
-    learner = PreferenceLearning(name, config, model, comparisons.records, comparisons.holdout, tracker)
+    cache = reference_cache.folder(config.reference_cache)
+    learner = PreferenceLearning(name, config, model, comparisons.records, comparisons.holdout, tracker, cache)
     return learner.fit(run, tracker)
 
 
@@ -69,19 +77,28 @@ class PreferenceLearning:
     """A loss, a model and the data, put together once."""
 
     def __init__(
-        self, name: str, config: Any, model: LanguageModel, records: Sequence[Comparison], holdout: Sequence[Comparison], tracker: Tracker
+        self,
+        name: str,
+        config: Any,
+        model: LanguageModel,
+        records: Sequence[Comparison],
+        holdout: Sequence[Comparison],
+        tracker: Tracker,
+        cache: Path | None = None,
     ) -> None:
         self.config, self.model, self.budget = config, model, config.fit.micro_batch_tokens
         self.algorithm = PREFERENCES[name].load()(config.algorithm, name)
+        frozen = self.algorithm.reference.role == "frozen"
         self.moving = MovingReference(model) if self.algorithm.reference.role in ("synced", "ema") else None
         kept, held = (usable(part, self.algorithm.data) for part in (records, holdout))
         if len(kept) < len(records):
             tracker.event("left out", comparisons=len(records) - len(kept), reason="nothing in them is better than something else")
         check_enough(kept, self.algorithm.data, name)
         start, threshold = time.perf_counter(), mean_rating(kept)
+        self.kept, self.found = ReferenceCache(cache, model) if cache and frozen else None, list[Found]()
         self.data, self.held_out = (self._judged(part, kept, threshold) for part in (kept, held))
-        if self.algorithm.reference.role == "frozen":
-            tracker.event("reference", seconds=time.perf_counter() - start)
+        if frozen:
+            tracker.event("reference", **_told(self.found), seconds=time.perf_counter() - start)
 
     def fit(self, run: Path, tracker: Tracker) -> dict[str, float]:
         """Train; returns the last metrics."""
@@ -129,8 +146,8 @@ class PreferenceLearning:
             check_lengths(mixed, self.model.context, "a prompt with the response to another")
             mismatched = Batch(tuple(mixed))
         if self.algorithm.reference.role == "frozen":
-            batch = batch.with_tokens(logprobs_ref=self._look(batch))
-            mismatched = mismatched and mismatched.with_tokens(logprobs_ref=self._look(mismatched))
+            batch = self._against_start(batch)
+            mismatched = mismatched and self._against_start(mismatched)
         return Judged(batch, mismatched)
 
     def _ready(self, judged: Judged, *, training: bool) -> Batch:
@@ -145,6 +162,14 @@ class PreferenceLearning:
         prepared: Batch = self.algorithm.prepare(batch, others, training=training)
         return prepared
 
+    def _against_start(self, batch: Batch) -> Batch:
+        """With the log-probabilities of the policy as it starts, from disk if they are there."""
+        if self.kept is None:
+            return batch.with_tokens(logprobs_ref=self._look(batch))
+        column, found = self.kept.column(batch, self.budget, lambda: self._look(batch))
+        self.found.append(found)
+        return batch.with_tokens(logprobs_ref=column)
+
     def _against(self, batch: Batch) -> Batch:
         """With the log-probabilities of a reference that moves; those of a fixed one are there already."""
         return batch if self.moving is None else batch.with_tokens(logprobs_ref=self._look(batch, self.moving))
@@ -153,6 +178,16 @@ class PreferenceLearning:
         logprobs = observe(batch, (model or self.model).forward, token_budget=self.budget).logprobs
         assert logprobs is not None
         return logprobs
+
+
+def _told(found: Sequence[Found]) -> dict[str, str]:
+    """Where the reference's log-probabilities came from, in words."""
+    said = {"logprobs": "read from cache" if found and set(found) == {"read"} else "computed"}
+    if "damaged" in found:
+        said["cache"] = "an entry was damaged: it was computed again and replaced"
+    elif "not kept" in found:
+        said["cache"] = "nothing was kept: the folder cannot be written"
+    return said
 
 
 def usable(comparisons: Sequence[Comparison], data: str) -> list[Comparison]:
