@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from trimtab.models.base import PackedModel
 from trimtab.models.language import LanguageModel
 from trimtab.models.packed import Layout
 from trimtab.stages.policy import PolicyLearning, policy_config
-from trimtab.stages.preference import PreferenceLearning, preference, preference_config
+from trimtab.stages.preference import PreferenceLearning, mismatch, preference, preference_config
 from trimtab.stages.reward import RewardModelConfig, reward
 from trimtab.stages.sft import SFTConfig, sft
+from trimtab.training.update import Ahead
 from trimtab.types import Group
 from work import Necessary, Shape, Work
 
@@ -136,16 +137,28 @@ def policy_learning(name: str, place: Path, *overrides: str) -> PolicyLearning:
 
 
 def policy_step(name: str, place: Path, *overrides: str) -> Step:
-    """The policy looked at, the reference, epochs of forward and backward; beside them a critic of its own. Sampling is counted apart."""
+    """The reference, and epochs of forward and backward, of which the first forward pass is also the look at the rollout; a critic of
+
+    its own is looked at apart. Sampling is counted by itself."""
     learner = policy_learning(name, place, *overrides)
     groups = learner.engine.generate(learner.prompts, 2, seed=1)
     learner.engine.generate = lambda *_, **__: groups  # type: ignore[method-assign]
     work, _ = counted(lambda: learner.step(1))
     one, config = Necessary.of(tuple(groups), SHAPE), learner.config
     epochs, reference, critic = config.algorithm.epochs, config.algorithm.kl.beta > 0, config.critic.trunk == "own"
-    learnt = 1 + 3 * epochs
-    read = [(1 + epochs) * one.tokens, *[one.tokens] * reference, *[(1 + epochs) * one.tokens] * critic]
-    return passes(work, read, one, trunk=learnt + reference + critic * learnt, head=learnt + reference)
+    read = [epochs * one.tokens, *[one.tokens] * reference, *[(1 + epochs) * one.tokens] * critic]
+    return passes(work, read, one, trunk=3 * epochs + reference + critic * (1 + 3 * epochs), head=3 * epochs + reference)
+
+
+def kto_step(place: Path) -> Step:
+    """What the loss must know before the update is the first forward pass of the update. The KL is estimated from other responses."""
+    config = supervised(preference_config("kto"), place, "pairs.jsonl")
+    work, _ = counted(lambda: preference("kto", config, place / "run", tiny.Recorder()))
+    groups = tuple(c.group for c in load_comparisons(config.data, template()).records)
+    one, others = Necessary.of(groups, SHAPE), Necessary.of(tuple(mismatch(groups, groups)), SHAPE)
+    step = passes(work, [2 * one.tokens + 2 * others.tokens], one, trunk=4, head=4)
+    trunk = (step.trunk[0] + 2 * others.low, step.trunk[1] + 2 * others.high)
+    return replace(step, trunk=trunk, head=(step.head[0] + 2 * others.head, step.head[1] + 2 * others.head))
 
 
 def generation(place: Path) -> Step:
@@ -168,7 +181,9 @@ STEPS: dict[str, Callable[[Path], Step]] = {
     "reward": reward_step,
     "dpo": dpo_step,
     "dpo, reference on disk": cached_dpo_step,
+    "kto": kto_step,
     "grpo": lambda place: policy_step("grpo", place),
+    "grpo without a penalty": lambda place: policy_step("grpo", place, "algorithm.kl.beta=0"),
     "ppo, shared trunk": lambda place: policy_step("ppo", place),
     "ppo, own critic": lambda place: policy_step("ppo", place, "critic.trunk=own"),
     "generation": generation,
@@ -232,7 +247,8 @@ def layers_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LOST: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "a second reference pass": ("dpo", lambda patch: twice(patch, PreferenceLearning, "_look")),
-    "a second pass over the rollout": ("grpo", lambda patch: twice(patch, PolicyLearning, "look")),
+    "a look that is not learnt from": ("grpo", lambda patch: patch.setattr(Ahead, "serves", lambda *_: False)),
+    "a reference that nothing needs": ("grpo without a penalty", lambda patch: patch.setattr(PolicyLearning, "refers", lambda *_: True)),
     "a cache that is not read": ("dpo, reference on disk", lambda patch: patch.setattr(reference_cache, "_read", lambda *_: None)),
     "logits over the prompt": ("sft", logits_everywhere),
     "prompts repeated in training": ("dpo", repeated_prompts),

@@ -31,6 +31,7 @@ from trimtab.protocols import Tracker
 from trimtab.stages.common import StageConfig, check_lengths, comparison_batch, recipe_type, save_checkpoint
 from trimtab.training.fit import FitConfig, Hooks, fit
 from trimtab.training.optimiser import OptimConfig, Optimiser
+from trimtab.training.update import Ahead, look_ahead
 from trimtab.types import Comparison, Group
 
 
@@ -88,6 +89,7 @@ class PreferenceLearning:
     ) -> None:
         self.config, self.model, self.budget = config, model, config.fit.micro_batch_tokens
         self.algorithm = PREFERENCES[name].load()(config.algorithm, name)
+        self.ahead: Ahead | None = None
         frozen = self.algorithm.reference.role == "frozen"
         self.moving = MovingReference(model) if self.algorithm.reference.role in ("synced", "ema") else None
         kept, held = (usable(part, self.algorithm.data) for part in (records, holdout))
@@ -106,7 +108,7 @@ class PreferenceLearning:
         hooks = Hooks(self.evaluate, lambda step: save_checkpoint(run, step, tracker, model=self.model, **saved), self.prepare)
         data, model = self.data.batch, self.model
         optimiser = Optimiser(model.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
-        return fit(data, model.forward, self.algorithm.loss, [optimiser], config.fit, tracker, hooks, seed=config.seed)
+        return fit(data, self.forward, self.algorithm.loss, [optimiser], config.fit, tracker, hooks, seed=config.seed)
 
     def prepare(self, batch: Batch, step: int) -> Batch:
         """Before an update: move the reference if it is time, and let the loss see the minibatch whole."""
@@ -157,10 +159,19 @@ class PreferenceLearning:
             rows = dict.fromkeys(zip(batch.group_of_response.tolist(), batch.responses["row"].tolist(), strict=True))
             others = self._against(judged.mismatched.select([row for _, row in rows]))
             others = others.with_tokens(logprobs_now=self._look(others))
-        if self.algorithm.needs_own:
+        if self.algorithm.needs_own and training:
+            now, self.ahead = look_ahead(batch, self.model.forward, token_budget=self.budget)
+            assert now.logprobs is not None
+            batch = batch.with_tokens(logprobs_now=now.logprobs)
+        elif self.algorithm.needs_own:
             batch = batch.with_tokens(logprobs_now=self._look(batch))
         prepared: Batch = self.algorithm.prepare(batch, others, training=training)
         return prepared
+
+    def forward(self, batch: Batch) -> Outputs:
+        """The policy's forward pass of an update; what was looked at just before is not computed again."""
+        ahead, self.ahead = self.ahead, None
+        return ahead.outputs if ahead is not None and ahead.serves(batch) else self.model.forward(batch)
 
     def _against_start(self, batch: Batch) -> Batch:
         """With the log-probabilities of the policy as it starts, from disk if they are there."""
