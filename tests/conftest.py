@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+settings.register_profile("same every time", derandomize=True, database=None)
+settings.load_profile("same every time")
 install_import_hook("trimtab.maths", "beartype.beartype")  # every shape and type the signatures state is checked
 
 
