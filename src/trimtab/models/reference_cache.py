@@ -84,7 +84,7 @@ def model_hash(model: PackedModel) -> str:
 
 def _weight_hash(named: tuple[str, Tensor]) -> str:
     name, weight = named
-    raw = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    raw = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return f"{name} {weight.dtype} {tuple(weight.shape)} {hashlib.blake2b(raw, digest_size=16).hexdigest()}"
 
 
