@@ -150,6 +150,20 @@ def policy_step(name: str, place: Path, *overrides: str) -> Step:
     return passes(work, read, one, trunk=3 * epochs + reference + critic * (1 + 3 * epochs), head=3 * epochs + reference)
 
 
+def adapter_step(place: Path) -> Step:
+    """With an adapter the reference is the same model, and frozen weights have no gradient: their backward pass counts 1, not 2.
+
+    Nothing flows back through the first layer's projections of q, k and v; the adapter's own products are small, and may be counted.
+    """
+    step = policy_step("grpo", place, "model.lora={rank: 2}")
+    tokens, width, hidden = step.tokens[0], SHAPE.width, CONFIG.intermediate_size
+    dense, projections = 2 * tokens * SHAPE.linear, 2 * tokens * 2 * width * width  # kv heads are half as many
+    adapter = 2 * tokens * SHAPE.layers * 2 * (2 * 2 * width + 2 * 3 * width // 2 + 3 * (width + hidden))
+    low, high = (bound - dense for bound in step.trunk)
+    head = tuple(bound * 3 / 4 for bound in step.head)
+    return replace(step, tokens=[2 * tokens], trunk=(low - projections, high + 3 * adapter), head=head)
+
+
 def kto_step(place: Path) -> Step:
     """What the loss must know before the update is the first forward pass of the update. The KL is estimated from other responses."""
     config = supervised(preference_config("kto"), place, "pairs.jsonl")
@@ -184,6 +198,7 @@ STEPS: dict[str, Callable[[Path], Step]] = {
     "kto": kto_step,
     "grpo": lambda place: policy_step("grpo", place),
     "grpo without a penalty": lambda place: policy_step("grpo", place, "algorithm.kl.beta=0"),
+    "grpo, adapter": adapter_step,
     "ppo, shared trunk": lambda place: policy_step("ppo", place),
     "ppo, own critic": lambda place: policy_step("ppo", place, "critic.trunk=own"),
     "generation": generation,
@@ -245,6 +260,16 @@ def layers_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "load_model", checkpointed)
 
 
+def frozen_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = loading.add_adapter
+
+    def unfrozen(*args: Any) -> Any:
+        model = add(*args)
+        return model.requires_grad_(True)
+
+    monkeypatch.setattr(loading, "add_adapter", unfrozen)
+
+
 LOST: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "a second reference pass": ("dpo", lambda patch: twice(patch, PreferenceLearning, "_look")),
     "a look that is not learnt from": ("grpo", lambda patch: patch.setattr(Ahead, "serves", lambda *_: False)),
@@ -256,6 +281,7 @@ LOST: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "all logits in float32": ("sft", lambda patch: patch.setattr(logprobs, "SLICE_ELEMENTS", 2**40)),
     "the head computed again": ("sft", lambda patch: patch.setattr(logprobs, "PART_BYTES", 2**20)),
     "layers computed again": ("reward", layers_again),
+    "gradients of frozen weights": ("grpo, adapter", frozen_gradients),
 }
 
 
