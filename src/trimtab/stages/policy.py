@@ -67,7 +67,7 @@ class PolicyConfig(StageConfig):
     overlap: bool = Field(
         False,
         description="sample and score the next rollout beside the update, with a copy of what is trained: what is learnt from is then one "
-        "update old, which algorithm.mismatch corrects. It helps where sampling and learning do not need the same cores",
+        "update old, which algorithm.mismatch corrects. It gains where rewards wait and where sampling leaves cores idle",
     )
     explain_prompts: int = Field(
         4, ge=0, description="at steps whose samples are recorded: prompts whose responses are written token by token for `trimtab explain`"
