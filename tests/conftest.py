@@ -16,6 +16,15 @@ settings.load_profile("same every time")
 install_import_hook("trimtab.maths", "beartype.beartype")  # every shape and type the signatures state is checked
 
 
+@pytest.fixture(autouse=True)
+def own_reference_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what another one, or the user, has left behind."""
+    from trimtab.models import reference_cache
+
+    place = reference_cache.folder
+    monkeypatch.setattr(reference_cache, "folder", lambda setting: tmp_path_factory.mktemp("c") if setting == "default" else place(setting))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and models beside the checkout. Tests that use it are skipped where it is absent."""

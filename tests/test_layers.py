@@ -18,7 +18,7 @@ SIBLINGS = {
     "algorithms": {"base", "group"},
     "engines": {"sampling"},
     "rewards": {"numerals", "sandbox"},
-    "stages": {"common", "actor_critic", "policy_metrics", "explanation", "sample"},
+    "stages": {"common", "actor_critic", "policy_metrics", "explanation", "sample", "overlap"},
 }
 """Folders whose files do not import each other, and the files there that are made to be shared."""
 WALLS = {

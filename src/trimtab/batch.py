@@ -195,10 +195,14 @@ LossFunction = Callable[[Outputs, Batch, Counts], Loss]
 @torch.no_grad()
 def observe(batch: Batch, forward: Callable[[Batch], Outputs], *, token_budget: int) -> Outputs:
     """Run a model over a batch in micro-batches, without gradients, and join what it says."""
-    parts = [forward(micro) for micro in batch.micro_batches(token_budget)]
+    return join([forward(micro) for micro in batch.micro_batches(token_budget)])
+
+
+def join(parts: Sequence[Outputs]) -> Outputs:
+    """What was said of several batches as what is said of them together, without gradient."""
 
     def joined(name: str) -> Tensor | None:
         columns = [getattr(part, name) for part in parts]
-        return None if columns[0] is None else torch.cat(columns)
+        return None if columns[0] is None else torch.cat(columns).detach()
 
     return Outputs(**{field.name: joined(field.name) for field in fields(Outputs)})

@@ -36,7 +36,10 @@ def test_the_story_has_every_figure_and_repeats_with_its_seed(tmp_path: Path) ->
     assert summary["start"]["kl"] == pytest.approx(0, abs=1e-5)
     assert summary["stage_seconds"].keys() >= {"sample", "annotate", "reward", "ppo", "dpo", "evaluate"}
     assert summary["reward_model_accuracy"].keys() == {"accuracy", "low", "high", "pairs"}
-    assert "simulated" in (tmp_path / "a" / "report.html").read_text()
+    html = (tmp_path / "a" / "report.html").read_text()
+    assert "simulated" in html
+    split = html.partition("<h2>Time of a step</h2>")[2].partition("</section>")[0]
+    assert all(part in split for part in ("PPO: ", "DPO: ", "reward: ", "generate", "observe", "update", "forward", "backward"))
 
     stages = ("reward", "ppo", "dpo")
     first = {stage: timeless(tmp_path / "a" / stage / "metrics.jsonl") for stage in stages}

@@ -11,7 +11,7 @@ import pytest
 
 from trimtab.errors import RunError
 from trimtab.runs.directory import RunDirectory
-from trimtab.runs.report import number, samples_section, write_report
+from trimtab.runs.report import number, samples_section, step_time, write_report
 
 
 def run(path: Path, steps: int = 5, response: str = "fine", extra: dict[str, float] | None = None, **settings: object) -> Path:
@@ -199,3 +199,15 @@ def test_no_run_is_a_clear_error(tmp_path: Path) -> None:
         write_report([tmp_path], tmp_path / "report.html")
     with pytest.raises(RunError, match="no run was named"):
         write_report([], tmp_path / "report.html")
+
+
+def test_the_split_of_a_step_adds_up_and_what_went_on_beside_it_is_told_apart(tmp_path: Path) -> None:
+    path = run(tmp_path / "run", extra={"time/beside/generate": 2.5, "time/wait": 0.25})
+    split, whole, beside = step_time(RunDirectory.open(path).metrics())
+    assert split == pytest.approx({"generate": 1.0, "update": 2.0, "wait": 0.25, "other": 0.25})
+    assert whole == 3.5 == sum(split.values())
+    assert beside == {"generate": 2.5}
+    html = page(path)
+    assert "At the same time, for the next step: generate 2.5 s." in html
+    for part, share in (("generate", "29%"), ("update", "57%"), ("wait", "7%"), ("other", "7%")):
+        assert re.search(rf"{part} <b>[\d.]+ s</b> {share}", html)

@@ -15,7 +15,8 @@ from trimtab.config import load_recipe
 from trimtab.errors import ConfigError, RewardError
 from trimtab.models.scorer import Scorer
 from trimtab.stages.policy import PolicyLearning, policy, policy_config
-from trimtab.stages.policy_metrics import Clock
+from trimtab.training.clock import Clock
+from trimtab.training.update import Ahead
 from trimtab.types import Score
 
 REWARD = "def letters(prompt, response, row):\n    return float(sum(c in 'aeiou' for c in response))\n"
@@ -72,6 +73,63 @@ def test_same_seed_same_run_other_seed_another(place: Path) -> None:
     first, again, other = timeless(), timeless(), timeless("seed=1")
     assert first == again
     assert first != other
+
+
+@pytest.mark.parametrize(
+    "arrangement",
+    [
+        ("algorithm.epochs=2", "algorithm.minibatches=2"),
+        ("micro_batch_tokens=40",),
+        ("critic.trunk=own", "model.lora={rank: 4}"),
+        ("model.dtype=bfloat16", "algorithm.entropy_weight=0.01", "reference.role=ema"),
+        ("algorithm.kl.place=loss", "algorithm.kl.estimator=full"),
+        ("critic.warmup_steps=1",),
+    ],
+)
+def test_learning_from_the_look_itself_changes_nothing_bit_for_bit(
+    place: Path, arrangement: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learnt() -> tuple[list[dict[str, float]], list[torch.Tensor]]:
+        learner = PolicyLearning("ppo", recipe(place, "optim.lr=1e-2", *arrangement))
+        rows = [learner.step(step)[1] for step in range(3)]
+        timeless = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+        return timeless, [p.detach().clone() for p in learner.actor.policy.trainable().values()]
+
+    served = []
+    serves = Ahead.serves
+    monkeypatch.setattr(Ahead, "serves", lambda self, batch: served.append(serves(self, batch)) or served[-1])
+    torch.manual_seed(0)  # peft draws the adapter's start
+    metrics, weights = learnt()
+    assert all(served)
+    assert len(served) == 3 - ("critic.warmup_steps=1" in arrangement)
+    monkeypatch.setattr(Ahead, "serves", lambda *_: False)
+    torch.manual_seed(0)
+    again, same = learnt()
+    assert metrics == again
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+
+
+def test_without_a_penalty_the_reference_is_asked_for_recorded_samples_only(place: Path) -> None:
+    tracker = tiny.Recorder()
+    policy("grpo", recipe(place, "algorithm.kl.beta=0", "steps=5", "samples_every=3", algorithm="grpo"), place / "run", tracker)
+    assert [row["step"] for row in tracker.metrics if "kl/mean" in row] == [0, 3, 4] == sorted({row["step"] for row in tracker.rows})
+    policy("grpo", recipe(place, "algorithm.kl.beta=0.1", "steps=2", "samples_every=3", algorithm="grpo"), place / "run", tracker)
+    assert all("kl/mean" in row for row in tracker.metrics[5:])
+
+
+@pytest.mark.parametrize(("setting", "looks"), [("algorithm.kl.beta=0", 1), ("algorithm.kl.place=loss", 1), ("algorithm.kl.beta=0.1", 2)])
+def test_a_greedy_baseline_asks_no_model_for_a_return_that_is_reward_alone(place: Path, setting: str, looks: int) -> None:
+    learner = PolicyLearning("remax", recipe(place, setting, "shaping.missing_eos_penalty=2", algorithm="remax"))
+    groups = learner.engine.generate(learner.prompts, 2, seed=0)
+    seen: list[int] = []
+    look = learner.look
+    learner.look = lambda *args, **options: (seen.append(1), look(*args, **options))[1]  # type: ignore[method-assign]
+    batch = learner.look(groups, learner.reward.score(groups))
+    baseline = learner.greedy_returns(groups, batch)
+    assert len(seen) == looks
+    greedy = learner.greedy_engine.generate([group.prompt for group in groups], 1, seed=0)
+    looked = look(greedy, learner.reward.score(greedy))
+    assert torch.equal(baseline, looked.sum_by_response(learner.algorithm.rewards(looked))[batch.group_of_response])
 
 
 def test_target_kl_stops_the_inner_epochs(place: Path) -> None:
@@ -192,6 +250,18 @@ def test_a_bad_reward_function_is_named(place: Path, body: str, message: str) ->
     (place / "bad.py").write_text(body)
     with pytest.raises(RewardError, match=message):
         run(place, f"reward.function={place / 'bad.py'}:f")
+
+
+def test_calls_at_the_same_time_give_the_same_scores_in_order(place: Path) -> None:
+    """Four calls wait here for each other: one after the other they would wait for ever."""
+    (place / "slow.py").write_text(
+        "import threading\nmeet = threading.Barrier(4)\n"
+        "def f(prompt, response, row):\n    meet.wait(20)\n    return float(len(prompt) + len(response))\n"
+    )
+    learner = PolicyLearning("ppo", recipe(place, f"reward.function={place / 'slow.py'}:f", "reward.workers=4"))
+    groups = learner.engine.generate(learner.prompts, 2, seed=0)
+    totals = [[score.total for score in row] for row in learner.reward.score(groups)]
+    assert totals == [[float(len(g.prompt.as_text) + len(r.text)) for r in g.responses] for g in groups]
 
 
 def test_batched_reward_with_the_wrong_count_is_named(place: Path) -> None:

@@ -27,6 +27,7 @@ from trimtab.models.loading import ModelConfig
 from trimtab.models.reference import MovingReference
 from trimtab.stages import preference as stage
 from trimtab.stages.preference import PreferenceLearning, desirability, preference, preference_config
+from trimtab.training.update import Ahead
 from trimtab.types import Comparison, Group, Prompt, Response
 
 WORDS = ["apple", "river", "stone", "cloud", "table", "horse"]
@@ -155,6 +156,18 @@ def test_a_shared_prompt_is_as_good_as_repeated_ones(name: str, data: str, exact
     assert furthest(shared, loaded(exact_folder).trainable()) > 1e-6
 
 
+@pytest.mark.parametrize("name", ["kto", "bco", "aot"])
+def test_learning_from_what_the_loss_had_to_know_changes_nothing_bit_for_bit(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("fit.steps=3", "fit.batch_size=4", "fit.micro_batch_tokens=60")
+    kept, tracker, _ = learn(name, folder, tmp_path / "a", comparisons(), *common)
+    monkeypatch.setattr(Ahead, "serves", lambda *_: False)
+    again, other, _ = learn(name, folder, tmp_path / "b", comparisons(), *common)
+    assert all(torch.equal(kept[key], again[key]) for key in kept)
+    assert [row["train/margin"] for row in tracker.metrics] == [row["train/margin"] for row in other.metrics]
+
+
 @pytest.mark.parametrize(("name", "data"), CASES)
 def test_what_is_masked_changes_nothing_bit_for_bit(name: str, data: str, folder: Path, tmp_path: Path) -> None:
     records = comparisons() if data == "pairs" else labelled()
@@ -230,7 +243,7 @@ def test_a_reference_is_looked_at_only_where_there_is_one(name: str, folder: Pat
     assert ("reference" in [event for event, _ in tracker.events]) == (role == "frozen")
     assert ("logprobs_ref" in learner.data.batch.tokens) == (role == "frozen")
     assert (tmp_path / "run/checkpoints/last/reference").exists() == (role in ("synced", "ema"))
-    per_step = {"frozen": 0, "none": 0, "synced": 1, "ema": 1}[role] + learner.algorithm.needs_own + learner.algorithm.needs_mismatched
+    per_step = {"frozen": 0, "none": 0, "synced": 1, "ema": 1}[role] + learner.algorithm.needs_mismatched  # its own pass is the update's
     once = (role == "frozen") * (1 + learner.algorithm.needs_mismatched)
     assert len(looked) == once + 2 * per_step
 

@@ -110,3 +110,16 @@ def test_data_longer_than_the_context_is_refused_before_training(place: Path) ->
     with pytest.raises(DataError, match="reads at most 256"):
         sft(recipe(SFTConfig, place, "long.jsonl"), place / "run", tiny.Recorder())
     assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_the_time_of_a_step_is_split(place: Path, kind: str) -> None:
+    tracker = tiny.Recorder()
+    if kind == "sft":
+        sft(recipe(SFTConfig, place, "sft.jsonl", "fit.steps=3"), place / "run", tracker)
+    else:
+        reward(recipe(RewardModelConfig, place, "pairs.jsonl", "fit.steps=3"), place / "run", tracker)
+    for row in tracker.metrics:
+        parts = [row[f"time/{part}"] for part in ("forward", "backward", "optimiser")]
+        assert min(parts) > 0
+        assert sum(parts) <= row["time/step"]

@@ -61,6 +61,11 @@ class KLConfig(Config):
     def needs_full(self) -> bool:
         return self.beta > 0 and self.estimator in ("full", "rao-blackwell")
 
+    @property
+    def in_reward(self) -> bool:
+        """Whether a part of the penalty is in the reward."""
+        return self.beta > 0 and (self.place == "reward" or self.estimator == "rao-blackwell")
+
 
 class KLPenalty:
     """The KL coefficient in force, fixed or adaptive, and what it adds to rewards and losses."""

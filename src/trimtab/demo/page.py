@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.data.readers import read_rows
 from trimtab.runs.charts import Point, reward_kl, reward_kl_png, stacked
 from trimtab.runs.directory import RunDirectory
-from trimtab.runs.report import Page, Section, curve_sections, write_page
+from trimtab.runs.report import Page, Section, curve_sections, number, step_time, write_page
 
 NAMES = {"start": "start", "dpo": "DPO", "ppo": "PPO", "best_of_n": "best of n"}
 NOTE = (
@@ -39,6 +39,7 @@ def write_demo_report(folder: Path, summary: dict[str, Any], stages: Mapping[str
         _pictures(summary, runs["ppo"]),
         Section("Before and after", samples=_samples(folder)),
         Section("Time by stage", charts=[("", stacked(summary["stage_seconds"]))], wide=True),
+        Section("Time of a step", "Mean over the steps of each stage.", charts=_step_times(runs), wide=True),
     ]
     for name, run in runs.items():
         for section in curve_sections([(name, run.metrics())]):
@@ -48,6 +49,15 @@ def write_demo_report(folder: Path, summary: dict[str, Any], stages: Mapping[str
     page.details = [(f"Recipe of {name}", (run.path / "config.yaml").read_text(encoding="utf-8")) for name, run in runs.items()]
     reward_kl_png(_points(summary, "gold_reward"), None, folder / "reward_kl.png", reward="gold reward on held-out prompts")
     return write_page(page, folder / "report.html")
+
+
+def _step_times(runs: Mapping[str, RunDirectory]) -> list[tuple[str, str]]:
+    charts = []
+    for name, run in runs.items():
+        split, whole, _ = step_time(run.metrics())
+        if split:
+            charts.append((f"{NAMES.get(name, name)}: {number(whole, 3)} s", stacked(split)))
+    return charts
 
 
 def _table(summary: dict[str, Any]) -> dict[str, Any]:

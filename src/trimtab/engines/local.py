@@ -35,8 +35,12 @@ class LocalEngine:
         self.model, self.sampling, self.config = model, sampling, config or EngineConfig()
         self.version = 0
 
+    @torch.no_grad()
     def load(self, parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Only the version changes: the weights are the trainer's own."""
+        """Weights that are given are copied; where the model is the trainer's own, none are, and only the version changes."""
+        mine = dict(self.model.model.named_parameters())
+        for name, parameter in parameters:
+            mine[name].copy_(parameter)
         self.version = version
 
     @torch.no_grad()

@@ -107,7 +107,13 @@ def run_pairs(case: PairsCase) -> PairsResult:
         trained = model.model_copy(update={"path": str(run / "checkpoints" / "last" / "model")})
         logprobs: Tensor
         if case.method == "dpo":
-            settings = [f"algorithm.beta={BETA}", "optim.lr=0.2", "optim.max_grad_norm=1000", "optim.betas=[0.8,0.9]"]
+            settings = [
+                f"algorithm.beta={BETA}",
+                "optim.lr=0.2",
+                "optim.max_grad_norm=1000",
+                "optim.betas=[0.8,0.9]",
+                "reference_cache=null",
+            ]
             preference("dpo", load_recipe(preference_config("dpo"), None, [*files, *settings]), run, Quiet())
             logprobs = exact_logprobs(TASK, LanguageModel.load(trained, trainable=False))
         else:

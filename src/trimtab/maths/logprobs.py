@@ -96,15 +96,16 @@ class _TokenLogprobs(torch.autograd.Function):
                 kept = z
         ctx.save_for_backward(hidden, weight, bias, targets, norm, entropies)
         ctx.kept = kept
-        ctx.head, ctx.temperature, ctx.entropy = head, temperature, entropy
+        ctx.head, ctx.temperature = head, temperature
+        ctx.set_materialize_grads(False)  # an output from which nothing is learnt costs nothing in the backward pass
         if not entropy:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        grad_logprob, grad_entropy = grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         hidden, weight, bias, targets, norm, entropies = ctx.saved_tensors
+        grad_logprob, grad_entropy = torch.zeros_like(norm) if grads[0] is None else grads[0], grads[1]
         kept, ctx.kept = ctx.kept, None  # the gradient is written over it: a second backward pass computes it again
         head, temperature = ctx.head, ctx.temperature
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -118,7 +119,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 slope = head.slope(logits, temperature)
                 logp = logits - norm[rows, None]
                 grad = torch.exp(logp)
-                if ctx.entropy:  # -g_l p - g_H p (log p + H): both share the factor p
+                if grad_entropy is not None:  # -g_l p - g_H p (log p + H): both share the factor p
                     factor = grad_logprob[rows, None] + grad_entropy[rows, None] * (logp + entropies[rows, None])
                     grad.mul_(factor).nan_to_num_(nan=0.0).neg_()
                 else:

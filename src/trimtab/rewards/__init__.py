@@ -23,6 +23,9 @@ class RewardConfig(Config):
     model: str | None = Field(None, description="folder of a trained reward model (its own tokenizer is used)")
     function: str | None = Field(None, description="a Python function, 'file.py:name' or 'package.module:name'")
     batched: bool = Field(False, description="the function takes lists (prompts, responses, rows) and returns a list of scores")
+    workers: int = Field(
+        1, gt=0, description="calls of the function at the same time, for one that waits (for a judge over the network); it must bear that"
+    )
     verifier: VerifierConfig | None = Field(None, description="a rule: is the response right?")
     length: LengthConfig | None = Field(None, description="a price for length")
     length_debias: Literal["token", "character"] | None = Field(
@@ -66,7 +69,9 @@ def make(config: RewardConfig, *, where: str = "reward", device: str = "auto", p
     if config.function is not None:
         from trimtab.rewards.function import FunctionReward, load_function
 
-        return FunctionReward(load_function(config.function, where=f"{where}.function"), batched=config.batched, **options)
+        return FunctionReward(
+            load_function(config.function, where=f"{where}.function"), batched=config.batched, workers=config.workers, **options
+        )
     if config.model is not None:
         from trimtab.rewards.model import ModelReward
 

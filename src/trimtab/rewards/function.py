@@ -9,6 +9,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,28 @@ from trimtab.types import Group, Score
 class FunctionReward:
     """Calls `function(prompt, response, row) -> float` for every response: prompt and response as text, row as a mapping.
 
-    With `batched`, calls `function(prompts, responses, rows) -> list of floats` once for all. Whatever goes wrong in it is a
-    RewardError that shows the sample and the function's own traceback line.
+    With `batched`, calls `function(prompts, responses, rows) -> list of floats` once for all; with `workers`, so many calls at a time,
+    each in a thread. Whatever goes wrong in it is a RewardError that shows the sample and the function's own traceback line.
     """
 
-    def __init__(self, function: Callable[..., Any], *, name: str | None = None, batched: bool = False) -> None:
-        self.function, self.batched = function, batched
+    def __init__(self, function: Callable[..., Any], *, name: str | None = None, batched: bool = False, workers: int = 1) -> None:
+        self.function, self.batched, self.workers = function, batched, workers
         self.name: str = name or str(getattr(function, "__name__", "reward"))
 
     def score(self, groups: Sequence[Group]) -> list[list[Score]]:
         samples = [(g.prompt.as_text, r.text, g.prompt.row) for g in groups for r in g.responses]
         if self.batched:
             scores = self._all(samples)
+        elif self.workers == 1:
+            scores = [self._one(sample) for sample in samples]
         else:
-            scores = [self._number(self._call(*sample, where=_where(sample)), _where(sample)) for sample in samples]
+            with ThreadPoolExecutor(self.workers) as pool:
+                scores = list(pool.map(self._one, samples))
         flat = iter(scores)
         return [[Score(total, {self.name: total}) for total in itertools.islice(flat, len(g.responses))] for g in groups]
+
+    def _one(self, sample: tuple[str, str, Any]) -> float:
+        return self._number(self._call(*sample, where=_where(sample)), _where(sample))
 
     def _all(self, samples: list[tuple[str, str, Any]]) -> list[float]:
         columns = [list(column) for column in zip(*samples, strict=True)]

@@ -199,13 +199,22 @@ def samples_section(rows: Sequence[Mapping[str, Any]], limit: int = 8) -> list[S
 
 def timing(metrics: Metrics) -> list[Section]:
     """Where a step's time goes, as the mean over steps."""
+    split, whole, beside = step_time(metrics)
+    note = f"Mean over {_count(len(metrics), 'step')}: {number(whole, 3)} s."
+    if beside:
+        note += f" At the same time, for the next step: {', '.join(f'{part} {number(s, 3)} s' for part, s in beside.items())}."
+    return [Section("Time of a step", note, charts=[("", stacked(split))], wide=True)] if split else []
+
+
+def step_time(metrics: Metrics) -> tuple[dict[str, float], float, dict[str, float]]:
+    """Mean seconds of a step: by part, as a whole, and what went on beside it (which is in neither)."""
     means = _mean_times(metrics)
-    whole = means.pop("step", 0.0)
+    beside = {part.removeprefix("beside/"): means.pop(part) for part in list(means) if part.startswith("beside/")}
+    whole = means.pop("step", 0.0) or sum(means.values())
     rest = whole - sum(means.values())
     if means and rest > 0.01 * whole:
         means["other"] = rest
-    note = f"Mean over {_count(len(metrics), 'step')}: {number(whole or sum(means.values()), 3)} s."
-    return [Section("Time of a step", note, charts=[("", stacked(means))], wide=True)] if means else []
+    return means, whole, beside
 
 
 def number(value: float | str | None, digits: int = 4) -> str:

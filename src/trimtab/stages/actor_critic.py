@@ -18,7 +18,7 @@ from trimtab.models.scorer import Scorer
 from trimtab.protocols import Algorithm
 from trimtab.stages.common import Saveable
 from trimtab.training.optimiser import OptimConfig, Optimiser
-from trimtab.training.update import update
+from trimtab.training.update import Ahead, look_ahead, update
 
 
 class CriticConfig(Config):
@@ -37,8 +37,10 @@ class ActorCritic(Protocol):
 
     policy: LanguageModel
 
-    def look(self, batch: Batch) -> Outputs:
-        """Log-probabilities, entropies and (with a critic) values of a batch, without gradients."""
+    def look(self, batch: Batch, *, ahead: bool = False) -> Outputs:
+        """Log-probabilities, entropies and (with a critic) values of a batch, without gradients.
+
+        ahead: this batch is learnt from next, before any weight changes, so that its first forward pass may be kept for that."""
         ...
 
     def learn(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
@@ -72,12 +74,19 @@ class PolicyOnly:
     def __init__(self, policy: LanguageModel, optim: OptimConfig, steps: int, passes: Passes) -> None:
         self.policy, self.passes = policy, passes
         self.optimiser = Optimiser(policy.trainable(), optim, steps)
+        self.ahead: Ahead | None = None
 
     def forward(self, batch: Batch) -> Outputs:
+        ahead, self.ahead = self.ahead, None  # kept for the first micro-batch after the look, and for nothing else
+        if ahead is not None and ahead.serves(batch):
+            return ahead.outputs if self.passes.entropy else replace(ahead.outputs, entropy=None)
         return self._forward(batch, self.passes.entropy)
 
-    def look(self, batch: Batch) -> Outputs:
-        return observe(batch, lambda b: self._forward(b, True), token_budget=self.passes.token_budget)
+    def look(self, batch: Batch, *, ahead: bool = False) -> Outputs:
+        if not ahead:
+            return observe(batch, lambda b: self._forward(b, True), token_budget=self.passes.token_budget)
+        outputs, self.ahead = look_ahead(batch, lambda b: self._forward(b, True), token_budget=self.passes.token_budget)
+        return outputs
 
     def _forward(self, batch: Batch, entropy: bool) -> Outputs:
         reference = self.passes.full_kl_to.predictors(batch) if self.passes.full_kl_to else None
@@ -130,8 +139,9 @@ class OwnCritic(PolicyOnly):
         self.scorer, self.critic = scorer, critic
         self.critic_optimiser = Optimiser(scorer.trainable(), critic.optim, steps)
 
-    def look(self, batch: Batch) -> Outputs:
-        return replace(super().look(batch), values=observe(batch, self.scorer.values, token_budget=self.passes.token_budget).values)
+    def look(self, batch: Batch, *, ahead: bool = False) -> Outputs:
+        values = observe(batch, self.scorer.values, token_budget=self.passes.token_budget).values
+        return replace(super().look(batch, ahead=ahead), values=values)
 
     def learn(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
         return super().learn(batch, algorithm, at) | self.learn_values(batch, algorithm, at)

@@ -6,7 +6,7 @@ One loop for every algorithm; what differs between them is in `algorithms/`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,9 @@ from trimtab.rewards.shaping import RewardShaping, ShapingConfig
 from trimtab.stages.actor_critic import ActorCritic, CriticConfig, OwnCritic, Passes, PolicyOnly, SharedTrunk
 from trimtab.stages.common import StageConfig, recipe_type, save_checkpoint
 from trimtab.stages.explanation import Explained, write_explanation
-from trimtab.stages.policy_metrics import Clock, Rollout, describe, merged, sample_rows
+from trimtab.stages.overlap import Overlap, second
+from trimtab.stages.policy_metrics import Rollout, describe, merged, sample_rows, staleness
+from trimtab.training.clock import Clock
 from trimtab.training.optimiser import OptimConfig
 from trimtab.types import Group, Score
 
@@ -62,6 +64,11 @@ class PolicyConfig(StageConfig):
     responses_per_prompt: int = Field(4, gt=0, description="responses sampled for each prompt; they share its encoding")
     micro_batch_tokens: int = Field(4096, gt=0, description="packed tokens per forward and backward pass: lower needs less memory")
     save_every: int | None = Field(None, gt=0, description="steps between checkpoints (one is always saved at the end)")
+    overlap: bool = Field(
+        False,
+        description="sample and score the next rollout beside the update, with a copy of what is trained: what is learnt from is then one "
+        "update old, which algorithm.mismatch corrects. It gains where rewards wait and where sampling leaves cores idle",
+    )
     explain_prompts: int = Field(
         4, ge=0, description="at steps whose samples are recorded: prompts whose responses are written token by token for `trimtab explain`"
     )
@@ -75,6 +82,14 @@ class PolicyConfig(StageConfig):
         needed += ["roles=standard"] if self.roles == "textbook" else []
         if self.reference.role == "none" and needed:
             raise ValueError(f"reference.role=none leaves nothing to measure KL to: also set {' and '.join(needed)}")
+        return self
+
+    @model_validator(mode="after")
+    def _old_samples_are_corrected(self) -> PolicyConfig:
+        if self.overlap and self.algorithm.mismatch.kind == "none":
+            raise ValueError("overlap=true learns from what the policy sampled one update ago: also set algorithm.mismatch.kind=truncate")
+        if self.overlap and self.roles == "textbook":
+            raise ValueError("overlap=true is for a policy that samples itself: set roles=standard")
         return self
 
     @model_validator(mode="after")
@@ -94,25 +109,29 @@ def policy_config(algorithm: str) -> type[PolicyConfig]:
 
 def policy(name: str, config: PolicyConfig, run: Path, tracker: Tracker) -> dict[str, float]:
     """Improve a policy against a reward with the algorithm `name`; returns the last step's metrics."""
-    learner = PolicyLearning(name, config)
-    learner.data_report(tracker)
-    tracker.event("training", steps=config.steps, prompts=len(learner.prompts))
-    metrics: dict[str, float] = {}
-    for step in range(config.steps):
-        last = step + 1 == config.steps
-        try:
-            rollout, metrics = learner.step(step)
-        except KeyboardInterrupt:
-            save_checkpoint(run, step, tracker, **learner.actor.saveables())
-            raise
-        tracker.log(step, metrics)
-        if last or step % config.samples_every == 0:
-            tracker.samples(step, sample_rows(rollout))
-            if config.explain_prompts:
-                write_explanation(run, step, learner.explain(rollout))
-        if last or (config.save_every and (step + 1) % config.save_every == 0):
-            save_checkpoint(run, step + 1, tracker, **learner.actor.saveables())
-    return metrics
+    with closing(PolicyLearning(name, config)) as learner:
+        learner.data_report(tracker)
+        tracker.event("training", steps=config.steps, prompts=len(learner.prompts))
+        metrics: dict[str, float] = {}
+        for step in range(config.steps):
+            last = step + 1 == config.steps
+            try:
+                rollout, metrics = learner.step(step)
+            except KeyboardInterrupt:
+                save_checkpoint(run, step, tracker, **learner.actor.saveables())
+                raise
+            tracker.log(step, metrics)
+            if learner.recorded(step):
+                tracker.samples(step, sample_rows(rollout))
+                if config.explain_prompts:
+                    write_explanation(run, step, learner.explain(rollout))
+            if last or (config.save_every and (step + 1) % config.save_every == 0):
+                save_checkpoint(run, step + 1, tracker, **learner.actor.saveables())
+        return metrics
+
+
+Sampled = tuple[list[Group], list[list[Score]], int]
+"""Groups, their scores, and how many groups were dropped."""
 
 
 class PolicyLearning:
@@ -127,34 +146,59 @@ class PolicyLearning:
         if settings.length is None:
             settings = settings.model_copy(update={"length": config.sampling.max_tokens})
         self.algorithm: Algorithm = ALGORITHMS[name].load()(settings)
-        self.reward = rewards.make(config.reward, device=config.model.device, policy=model.template)
+        sampler = second(model) if config.overlap else model
+        self.reward = rewards.make(config.reward, device=config.model.device, policy=sampler.template)
         self.shaping = RewardShaping(config.shaping, config.sampling.max_tokens)
         self.reference = make_reference(model, config.model, config.reference, samples=config.roles == "textbook")
         self.actor = make_actor(model, self.algorithm, self.reward, self.reference, config)
-        self.engine = LocalEngine(model, config.sampling, config.engine)
+        self.engine = LocalEngine(sampler, config.sampling, config.engine)
+        self.overlap = Overlap(self._rollout_beside, self._refresh_sampler) if config.overlap else None
         greedy = config.sampling.model_copy(update={"temperature": 0.0})
         self.greedy_engine = LocalEngine(model, greedy, config.engine)
 
     def step(self, step: int) -> tuple[Rollout, dict[str, float]]:
         """One rollout batch: sample, score, look, assign credit, update. Returns the rollout and the metrics."""
         config, clock = self.config, Clock()
-        groups, scores, dropped = self.sample(step, clock)
+        groups, scores, dropped = self.rollout(step, clock)
         with clock("observe"):
-            batch = self.look(groups, scores)
+            batch = self.look(groups, scores, refer=self.refers(step), ahead=not self.warming(step))
             if self.algorithm.greedy_baseline:
                 batch = batch.with_responses(baseline=self.greedy_returns(groups, batch))
         batch = self.algorithm.credit(batch)
         with clock("update"):
             learned = self.learn(batch, step)
-        self.engine.load((), step + 1)
+        if self.overlap is None:
+            self.engine.load((), step + 1)
         if self.reference is not None:
             self.reference.follow(config.reference, step + 1)
         metrics = describe(batch, scores) | learned | {"kl/beta": float(self.algorithm.state_dict()["beta"])}
         metrics |= {"rollout/dropped_groups": float(dropped)} if config.algorithm.resample else {}
+        metrics |= {"rollout/staleness": staleness(groups, step)} if config.overlap else {}
         metrics |= {"progress/epoch": self._cursor(0).epoch(step + 1), **clock.seconds}
         return Rollout(batch, scores), metrics
 
-    def sample(self, step: int, clock: Clock) -> tuple[list[Group], list[list[Score]], int]:
+    def rollout(self, step: int, clock: Clock) -> Sampled:
+        """What is learnt from at a step: sampled now, or, with overlap, begun a step ago."""
+        if self.overlap is None:
+            return self.sample(step, clock)
+        with clock("wait"):
+            sampled, beside = self.overlap.take(step, more=step + 1 < self.config.steps)
+        clock.parts |= {f"time/beside/{part.removeprefix('time/')}": seconds for part, seconds in beside.parts.items()}
+        return sampled
+
+    def _rollout_beside(self, step: int) -> tuple[Sampled, Clock]:
+        clock = Clock()
+        return self.sample(step, clock), clock
+
+    def _refresh_sampler(self, step: int) -> None:
+        self.engine.load(self.actor.policy.trainable().items(), step)
+
+    def close(self) -> None:
+        """End what runs beside the steps."""
+        if self.overlap is not None:
+            self.overlap.close()
+
+    def sample(self, step: int, clock: Clock) -> Sampled:
         """Groups and their scores. With `resample`, groups whose responses all scored alike make room for those of further prompts,
 
         round by round; what is still missing after the last round is filled with them again. Also: how many were dropped."""
@@ -176,42 +220,67 @@ class PolicyLearning:
         chosen = (kept + alike)[: len(prompts)]
         return [group for group, _ in chosen], [row for _, row in chosen], len(alike)
 
-    def look(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> Batch:
+    def recorded(self, step: int) -> bool:
+        """Whether the samples of a step are written down."""
+        return step + 1 == self.config.steps or step % self.config.samples_every == 0
+
+    def refers(self, step: int) -> bool:
+        """Whether the reference is asked at a step: always if anything is learnt from it, else where samples are shown with their KL."""
+        kl = self.config.algorithm.kl
+        needed = kl.beta > 0 or kl.target is not None or self.config.roles == "textbook"
+        return self.reference is not None and (needed or self.recorded(step))
+
+    def warming(self, step: int) -> bool:
+        """Whether only the critic learns at a step."""
+        return self.algorithm.uses_critic and step < self.config.critic.warmup_steps
+
+    def look(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]], *, refer: bool | None = None, ahead: bool = False) -> Batch:
         """The batch with what policy, reference and critic say of it, and the shaped rewards.
 
         It is looked at in the very minibatches of the first inner epoch: there the ratio pi / pi_old is then exactly 1.
+        refer: ask the reference (null: if there is one). ahead: it is learnt from next.
         """
         config, batch = self.config, Batch(tuple(groups))
+        refer = self.reference is not None if refer is None else refer
         pieces = batch.minibatches(config.algorithm.minibatches)
-        outputs = [self.actor.look(piece) for piece in pieces]
+        reference = [self._refer(piece) for piece in pieces] if refer else []  # first: the policy's own pass may stay in memory
+        outputs = [self.actor.look(piece, ahead=ahead and piece is pieces[0]) for piece in pieces]
         columns = {"logprobs_old": _joined(outputs, "logprobs"), "entropy": _joined(outputs, "entropy")}
         columns |= {"values_old": _joined(outputs, "values")} if self.algorithm.uses_critic else {}
         columns |= {"full_kl": _joined(outputs, "full_kl")} if outputs[0].full_kl is not None else {}
-        if self.reference is not None:
-            columns["logprobs_ref"] = _joined([self._refer(piece) for piece in pieces], "logprobs")
+        if reference:
+            columns["logprobs_ref"] = _joined(reference, "logprobs")
             if config.roles == "textbook":
                 columns["logprobs_old"] = columns["logprobs_ref"]
         sampler = [logprob for g in groups for r in g.responses for logprob in r.logprobs or ()]
         columns |= {"logprobs_sampler": torch.tensor(sampler, dtype=columns["logprobs_old"].dtype)}
         if any(score.placed for row in scores for score in row):
             columns["placed"] = _placed(batch, scores).to(columns["logprobs_old"].dtype)
-        raw = torch.tensor([score.total for row in scores for score in row], dtype=torch.float64)
-        shaped = self.shaping(raw, torch.tensor(batch.lengths), batch.truncated)
+        raw, shaped = self._shaped(batch, scores)
         return batch.with_tokens(**columns).with_responses(score=raw, reward=shaped)
+
+    def _shaped(self, batch: Batch, scores: Sequence[Sequence[Score]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scores of a batch's responses as they are, and after shaping."""
+        raw = torch.tensor([score.total for row in scores for score in row], dtype=torch.float64)
+        return raw, self.shaping(raw, torch.tensor(batch.lengths), batch.truncated)
 
     def greedy_returns(self, groups: Sequence[Group], batch: Batch) -> torch.Tensor:
         """For every response of the batch: the return (reward and penalty) of its prompt's greedy response."""
         with self._sampler():
             greedy = self.greedy_engine.generate([group.prompt for group in groups], 1, seed=0)
-        state = self.shaping.state_dict()
-        looked = self.look(greedy, self.reward.score(greedy))
+        state, scores = self.shaping.state_dict(), self.reward.score(greedy)
+        if self.config.algorithm.kl.in_reward:
+            looked = self.look(greedy, scores)
+            returns = looked.sum_by_response(self.algorithm.rewards(looked))
+        else:  # the return is the reward alone, for which no model is asked
+            returns = self._shaped(Batch(tuple(greedy)), scores)[1].to(batch.tokens["logprobs_old"].dtype)
         self.shaping.load_state_dict(state)  # the running statistics are those of the sampled responses
-        return looked.sum_by_response(self.algorithm.rewards(looked))[batch.group_of_response]
+        return returns[batch.group_of_response]
 
     def learn(self, batch: Batch, step: int) -> dict[str, float]:
         """E epochs of M minibatches, each one optimiser step; stops early when the policy has moved past `target_kl`."""
         config, history = self.config.algorithm, []
-        warming = self.algorithm.uses_critic and step < self.config.critic.warmup_steps
+        warming = self.warming(step)
         for epoch in range(config.epochs):
             order = (
                 None

@@ -1,10 +1,8 @@
-"""What a step of policy learning reports: numbers over real tokens and responses only, samples to read, and where time went."""
+"""What a step of policy learning reports: numbers over real tokens and responses only, and samples to read."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from trimtab.batch import Batch
 from trimtab.maths.advantages import explained_variance
 from trimtab.stages.common import sample_row
-from trimtab.types import Score
+from trimtab.types import Group, Score
 
 
 @dataclass(frozen=True)
@@ -22,24 +20,6 @@ class Rollout:
 
     batch: Batch
     scores: Sequence[Sequence[Score]]
-
-
-class Clock:
-    """Seconds spent in the named parts of a step."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.parts: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.parts[f"time/{part}"] = self.parts.get(f"time/{part}", 0.0) + time.perf_counter() - start
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return {**self.parts, "time/step": time.perf_counter() - self.start}
 
 
 def describe(batch: Batch, scores: Sequence[Sequence[Score]]) -> dict[str, float]:
@@ -60,6 +40,12 @@ def describe(batch: Batch, scores: Sequence[Sequence[Score]]) -> dict[str, float
     lengths = torch.tensor(batch.lengths, dtype=torch.float64)
     metrics |= {"response/length": lengths.mean(), "response/truncated": batch.truncated.double().mean(), "progress/tokens": lengths.sum()}
     return {name: float(value) for name, value in metrics.items()}
+
+
+def staleness(groups: Sequence[Group], step: int) -> float:
+    """How many policy steps ago the responses were sampled, on average."""
+    versions = [response.version for group in groups for response in group.responses]
+    return sum(step - (step if version is None else version) for version in versions) / len(versions)
 
 
 def sample_rows(rollout: Rollout) -> list[dict[str, Any]]:

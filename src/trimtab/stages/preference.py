@@ -22,13 +22,16 @@ from trimtab.batch import Batch, Counts, Outputs, observe
 from trimtab.data.records import DataConfig, load_comparisons
 from trimtab.errors import DataError
 from trimtab.maths.statistics import wilson_interval
+from trimtab.models import reference_cache
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 from trimtab.models.reference import MovingReference
+from trimtab.models.reference_cache import Found, ReferenceCache
 from trimtab.protocols import Tracker
 from trimtab.stages.common import StageConfig, check_lengths, comparison_batch, recipe_type, save_checkpoint
 from trimtab.training.fit import FitConfig, Hooks, fit
 from trimtab.training.optimiser import OptimConfig, Optimiser
+from trimtab.training.update import Ahead, look_ahead
 from trimtab.types import Comparison, Group
 
 
@@ -36,6 +39,11 @@ class PreferenceConfig(StageConfig):
     """A recipe of learning from preferences; `algorithm` holds the settings of the loss that the command names."""
 
     model: ModelConfig = Field(default_factory=ModelConfig, description="the policy; as it is at the start, it is the reference too")
+    reference_cache: str | None = Field(
+        "default",
+        description="folder in which a frozen reference's log-probabilities are kept, so that the next run on this model and data reads "
+        "them; default: beside trimtab's other caches ($TRIMTAB_CACHE); null: compute them anew",
+    )
     data: DataConfig = Field(description="comparisons: chosen and rejected, rankings or ratings (all pairs are used), or labels")
     fit: FitConfig = Field(default_factory=FitConfig)
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=1e-6))
@@ -53,7 +61,8 @@ def preference(name: str, config: Any, run: Path, tracker: Tracker) -> dict[str,
     comparisons = load_comparisons(config.data, model.template)
     comparisons.report(tracker)
     check_lengths([c.group for c in (*comparisons.records, *comparisons.holdout)], model.context, "a comparison")
-    learner = PreferenceLearning(name, config, model, comparisons.records, comparisons.holdout, tracker)
+    cache = reference_cache.folder(config.reference_cache)
+    learner = PreferenceLearning(name, config, model, comparisons.records, comparisons.holdout, tracker, cache)
     return learner.fit(run, tracker)
 
 
@@ -69,19 +78,29 @@ class PreferenceLearning:
     """A loss, a model and the data, put together once."""
 
     def __init__(
-        self, name: str, config: Any, model: LanguageModel, records: Sequence[Comparison], holdout: Sequence[Comparison], tracker: Tracker
+        self,
+        name: str,
+        config: Any,
+        model: LanguageModel,
+        records: Sequence[Comparison],
+        holdout: Sequence[Comparison],
+        tracker: Tracker,
+        cache: Path | None = None,
     ) -> None:
         self.config, self.model, self.budget = config, model, config.fit.micro_batch_tokens
         self.algorithm = PREFERENCES[name].load()(config.algorithm, name)
+        self.ahead: Ahead | None = None
+        frozen = self.algorithm.reference.role == "frozen"
         self.moving = MovingReference(model) if self.algorithm.reference.role in ("synced", "ema") else None
         kept, held = (usable(part, self.algorithm.data) for part in (records, holdout))
         if len(kept) < len(records):
             tracker.event("left out", comparisons=len(records) - len(kept), reason="nothing in them is better than something else")
         check_enough(kept, self.algorithm.data, name)
         start, threshold = time.perf_counter(), mean_rating(kept)
+        self.kept, self.found = ReferenceCache(cache, model) if cache and frozen else None, list[Found]()
         self.data, self.held_out = (self._judged(part, kept, threshold) for part in (kept, held))
-        if self.algorithm.reference.role == "frozen":
-            tracker.event("reference", seconds=time.perf_counter() - start)
+        if frozen:
+            tracker.event("reference", **_told(self.found), seconds=time.perf_counter() - start)
 
     def fit(self, run: Path, tracker: Tracker) -> dict[str, float]:
         """Train; returns the last metrics."""
@@ -89,7 +108,7 @@ class PreferenceLearning:
         hooks = Hooks(self.evaluate, lambda step: save_checkpoint(run, step, tracker, model=self.model, **saved), self.prepare)
         data, model = self.data.batch, self.model
         optimiser = Optimiser(model.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
-        return fit(data, model.forward, self.algorithm.loss, [optimiser], config.fit, tracker, hooks, seed=config.seed)
+        return fit(data, self.forward, self.algorithm.loss, [optimiser], config.fit, tracker, hooks, seed=config.seed)
 
     def prepare(self, batch: Batch, step: int) -> Batch:
         """Before an update: move the reference if it is time, and let the loss see the minibatch whole."""
@@ -129,8 +148,8 @@ class PreferenceLearning:
             check_lengths(mixed, self.model.context, "a prompt with the response to another")
             mismatched = Batch(tuple(mixed))
         if self.algorithm.reference.role == "frozen":
-            batch = batch.with_tokens(logprobs_ref=self._look(batch))
-            mismatched = mismatched and mismatched.with_tokens(logprobs_ref=self._look(mismatched))
+            batch = self._against_start(batch)
+            mismatched = mismatched and self._against_start(mismatched)
         return Judged(batch, mismatched)
 
     def _ready(self, judged: Judged, *, training: bool) -> Batch:
@@ -140,10 +159,27 @@ class PreferenceLearning:
             rows = dict.fromkeys(zip(batch.group_of_response.tolist(), batch.responses["row"].tolist(), strict=True))
             others = self._against(judged.mismatched.select([row for _, row in rows]))
             others = others.with_tokens(logprobs_now=self._look(others))
-        if self.algorithm.needs_own:
+        if self.algorithm.needs_own and training:
+            now, self.ahead = look_ahead(batch, self.model.forward, token_budget=self.budget)
+            assert now.logprobs is not None
+            batch = batch.with_tokens(logprobs_now=now.logprobs)
+        elif self.algorithm.needs_own:
             batch = batch.with_tokens(logprobs_now=self._look(batch))
         prepared: Batch = self.algorithm.prepare(batch, others, training=training)
         return prepared
+
+    def forward(self, batch: Batch) -> Outputs:
+        """The policy's forward pass of an update; what was looked at just before is not computed again."""
+        ahead, self.ahead = self.ahead, None
+        return ahead.outputs if ahead is not None and ahead.serves(batch) else self.model.forward(batch)
+
+    def _against_start(self, batch: Batch) -> Batch:
+        """With the log-probabilities of the policy as it starts, from disk if they are there."""
+        if self.kept is None:
+            return batch.with_tokens(logprobs_ref=self._look(batch))
+        column, found = self.kept.column(batch, self.budget, lambda: self._look(batch))
+        self.found.append(found)
+        return batch.with_tokens(logprobs_ref=column)
 
     def _against(self, batch: Batch) -> Batch:
         """With the log-probabilities of a reference that moves; those of a fixed one are there already."""
@@ -153,6 +189,16 @@ class PreferenceLearning:
         logprobs = observe(batch, (model or self.model).forward, token_budget=self.budget).logprobs
         assert logprobs is not None
         return logprobs
+
+
+def _told(found: Sequence[Found]) -> dict[str, str]:
+    """Where the reference's log-probabilities came from, in words."""
+    said = {"logprobs": "read from cache" if found and set(found) == {"read"} else "computed"}
+    if "damaged" in found:
+        said["cache"] = "an entry was damaged: it was computed again and replaced"
+    elif "not kept" in found:
+        said["cache"] = "nothing was kept: the folder cannot be written"
+    return said
 
 
 def usable(comparisons: Sequence[Comparison], data: str) -> list[Comparison]:

@@ -177,7 +177,7 @@ class Losses:
     def close(self) -> None: ...
 
     def means(self) -> dict[str, float]:
-        names = ("loss/nll", "optim/grad_norm", "optim/lr", "time/step")
+        names = ("loss/nll", "optim/grad_norm", "optim/lr", *(name for name in self.steps[0] if name.startswith("time/")))
         return {name: sum(step[name] for step in self.steps) / len(self.steps) for name in names} | {"progress/updates": len(self.steps)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from trimtab.batch import Batch, LossFunction, Outputs
 from trimtab.config import Config
 from trimtab.data.cursor import Cursor
 from trimtab.protocols import Tracker
+from trimtab.training.clock import Clock
 from trimtab.training.optimiser import Optimiser
 from trimtab.training.update import update
 
@@ -60,18 +60,19 @@ def fit(
     tracker.event("training", steps=total, groups=len(data.groups))
     metrics: dict[str, float] = {}
     for step in range(total):
-        start = time.perf_counter()
+        clock = Clock()
         batch = data.select(cursor.at(step))
         try:
             if hooks.prepare is not None:
-                batch = hooks.prepare(batch, step)
-            raw = update(batch, forward, loss, optimisers, at=step, token_budget=config.micro_batch_tokens)
+                with clock("prepare"):
+                    batch = hooks.prepare(batch, step)
+            raw = update(batch, forward, loss, optimisers, at=step, token_budget=config.micro_batch_tokens, clock=clock)
         except KeyboardInterrupt:
             hooks.save(step)
             raise
         metrics = {name: value for name, value in raw.items() if "/" in name}
         metrics |= {"optim/grad_norm": raw["grad_norm"]}
-        metrics |= {"optim/lr": optimisers[0].lr(step), "progress/epoch": cursor.epoch(step + 1), "time/step": time.perf_counter() - start}
+        metrics |= {"optim/lr": optimisers[0].lr(step), "progress/epoch": cursor.epoch(step + 1), **clock.seconds}
         last = step + 1 == total
         if last or (config.eval_every and (step + 1) % config.eval_every == 0):
             metrics |= hooks.evaluate()

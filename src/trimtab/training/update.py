@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trimtab.batch import Batch, Counts, LossFunction, Outputs
+from trimtab.batch import Batch, Counts, LossFunction, Outputs, join
 from trimtab.errors import NumericalError
+from trimtab.training.clock import Clock
 from trimtab.training.optimiser import Optimiser
 
 
@@ -20,39 +22,72 @@ def update(
     *,
     at: int,
     token_budget: int,
+    clock: Clock | None = None,
 ) -> dict[str, float]:
     """One optimiser step on a minibatch; returns its metrics, `loss` and `grad_norm` (of the first optimiser) among them.
 
-    at: the position in the learning-rate schedule.
+    at:    the position in the learning-rate schedule.
+    clock: is told how long forward passes (with the loss), backward passes and the optimiser take.
 
     The result does not depend on how the minibatch is cut into micro-batches of at most `token_budget` packed tokens.
     Raises NumericalError, with no weight changed, when a loss or a gradient is not finite.
     """
+    clock = clock or Clock()
     try:
-        means, maxima = _gather(batch, forward, loss, token_budget)
-        norms = [optimiser.grad_norm() for optimiser in optimisers]
+        means, maxima = _gather(batch, forward, loss, token_budget, clock)
+        with clock("optimiser"):
+            norms = [optimiser.grad_norm() for optimiser in optimisers]
     except BaseException:
         for optimiser in optimisers:
             optimiser.zero_grad()
         raise
-    for optimiser, norm in zip(optimisers, norms, strict=True):
-        optimiser.step(at, norm)
+    with clock("optimiser"):
+        for optimiser, norm in zip(optimisers, norms, strict=True):
+            optimiser.step(at, norm)
     return {name: float(value) for name, value in {**means, **maxima}.items()} | {"grad_norm": norms[0]}
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What was said, with gradient, of the first micro-batch of an update that is still to come."""
+
+    micro: Batch
+    outputs: Outputs
+
+    def serves(self, batch: Batch) -> bool:
+        """Whether a batch is that micro-batch: the very same groups, whatever columns it has by now."""
+        mine = self.micro.groups
+        return len(mine) == len(batch.groups) and all(a is b for a, b in zip(mine, batch.groups, strict=True))
+
+
+def look_ahead(batch: Batch, forward: Callable[[Batch], Outputs], *, token_budget: int) -> tuple[Outputs, Ahead]:
+    """Look at a minibatch that is learnt from next: what `observe` says of it, and what the update need not compute again.
+
+    The first micro-batch is run with gradient, and the update begins with its outputs. That is one forward pass of it less, in the
+    memory that the update needs anyway, with the same numbers bit for bit. No weight may change in between.
+    """
+    first, *rest = batch.micro_batches(token_budget)
+    outputs = forward(first)
+    with torch.no_grad():
+        others = [forward(micro) for micro in rest]
+    return join([outputs, *others]), Ahead(first, outputs)
+
+
 def _gather(
-    batch: Batch, forward: Callable[[Batch], Outputs], loss: LossFunction, token_budget: int
+    batch: Batch, forward: Callable[[Batch], Outputs], loss: LossFunction, token_budget: int, clock: Clock
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients and metrics of a minibatch, micro-batch by micro-batch."""
     counts = Counts.of(batch)
     means: dict[str, Tensor] = {}
     maxima: dict[str, Tensor] = {}
     for micro in batch.micro_batches(token_budget):
-        part = loss(forward(micro), micro, counts)
-        value = part.value.detach()
+        with clock("forward"):
+            part = loss(forward(micro), micro, counts)
+            value = part.value.detach()
         if not torch.isfinite(value):
             raise NumericalError(f"the loss is {float(value)}; the step was not taken", where=_where(micro), fix="lower the learning rate")
-        part.value.backward()
+        with clock("backward"):
+            part.value.backward()
         for name, term in {**part.means, "loss": value}.items():
             means[name] = means.get(name, torch.zeros(())) + term.detach()
         for name, term in part.maxima.items():

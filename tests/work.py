@@ -1,0 +1,102 @@
+"""What a piece of code makes the machine do, counted where torch dispatches its operations: no clock is involved."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from trimtab.types import Group
+
+
+class Work(TorchDispatchMode):
+    """Counts while it is entered.
+
+    tokens:   tokens looked up in every embedding table, by the table's place in memory: what every model has read.
+    trunk:    operations (2 per multiply-add) of all matrix products but the head's.
+    head:     those of which one side is as large as the vocabulary.
+    largest:  bytes of the largest tensor made, without those in the shape of a parameter (weights, their gradients and moments).
+    """
+
+    def __init__(self, vocabulary: int, parameter_shapes: set[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.vocabulary, self.shapes = vocabulary, parameter_shapes | {shape[::-1] for shape in parameter_shapes}
+        self.tokens: Counter[int] = Counter()
+        self.trunk = self.head = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.embedding.default:
+            self.tokens[args[0].data_ptr()] += args[1].numel()
+        count = _flops(func, args, kwargs or {}, out)
+        if count:
+            sizes = {size for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor) for size in x.shape}
+            if self.vocabulary in sizes:
+                self.head += count
+            else:
+                self.trunk += count
+        for made in tree_leaves(out):
+            if isinstance(made, torch.Tensor) and tuple(made.shape) not in self.shapes and not func.is_view:
+                self.largest = max(self.largest, made.numel() * made.element_size())
+        return out
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    packet = func.overloadpacket
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    name = str(packet)
+    if "linear_pointwise" in name:  # oneDNN's prepacked products: [..., k] x [n, k]
+        return 2 * args[0].numel() * int(out.shape[-1])
+    if any(part in name for part in ("mkldnn", "mkl.", "onednn", "attention", "_mm", "linear")) and "backward" not in name:
+        raise AssertionError(f"{name} is a matrix product that is not counted yet")
+    return 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a Llama-shaped model that its work follows from."""
+
+    width: int
+    layers: int
+    linear: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        d, hidden = config.hidden_size, config.intermediate_size
+        kv = d // config.num_attention_heads * config.num_key_value_heads
+        return cls(d, config.num_hidden_layers, config.num_hidden_layers * (2 * d * d + 2 * d * kv + 3 * d * hidden), config.vocab_size)
+
+
+@dataclass(frozen=True)
+class Necessary:
+    """The work of one forward pass over some groups: every prompt once, its responses behind it, the head on response tokens only.
+
+    low counts the causal half of attention, high the whole squares (prompt on prompt, response on prompt and itself): an implementation
+    may take either.
+    """
+
+    tokens: int
+    low: float
+    high: float
+    head: float
+
+    @classmethod
+    def of(cls, groups: tuple[Group, ...], shape: Shape, *, keep_last: bool = False) -> Necessary:
+        """keep_last: the last token of every response is read too (a reward model reads its score there)."""
+        tokens = half = whole = targets = 0
+        for group in groups:
+            p = len(group.prompt.tokens)
+            kept = [len(r.tokens) - (not keep_last) for r in group.responses]
+            tokens += p + sum(kept)
+            half += p * (p + 1) // 2 + sum(r * p + r * (r + 1) // 2 for r in kept)
+            whole += p * p + sum(r * (p + r) for r in kept)
+            targets += sum(len(r.tokens) for r in group.responses)
+        dense, pair = 2 * shape.linear * tokens, 4 * shape.width * shape.layers
+        return cls(tokens, dense + pair * half, dense + pair * whole, 2 * targets * shape.width * shape.vocabulary)
