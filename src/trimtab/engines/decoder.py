@@ -113,16 +113,18 @@ class _Layer:
 
 
 class _Norm:
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 until the weight is applied."""
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 until the weight is applied; in float64 the model's own."""
 
     def __init__(self, norm: Any) -> None:
         if not hasattr(norm, "variance_epsilon"):
             raise Unknown(type(norm).__name__)
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
+        self.own, self.weight, self.eps = norm, norm.weight, norm.variance_epsilon
 
     def __call__(self, x: Tensor) -> Tensor:
-        exact = x if x.dtype == torch.float64 else x.float()
-        return torch.rms_norm(exact, exact.shape[-1:], None, self.eps).to(self.weight.dtype).mul_(self.weight)
+        if x.dtype == torch.float64:
+            exact: Tensor = self.own(x)
+            return exact
+        return torch.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(self.weight.dtype).mul_(self.weight)
 
 
 def _expect(module: nn.Module, parts: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]
@@ -133,16 +135,17 @@ def _expect(module: nn.Module, parts: set[str], optional: set[str] = frozenset()
 
 
 class Linear:
-    """x W^T + b for the rows of several weights at once.
+    """x W^T + b for the rows of several weights at once, and a low-rank term x A^T B^T in the precision of A and B.
 
-    In bfloat16 on a CPU the weights are reordered into the blocks that the matrix library multiplies, once, not in every step.
+    In bfloat16 on a CPU the weights are reordered into the blocks that the matrix library multiplies: once, not in every step.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], low_rank: tuple[Tensor, Tensor] | None = None) -> None:
         if len({bias is None for bias in biases}) > 1:
             raise Unknown("biases in some of the projections of one input")
         whole = [b.detach() for b in biases if b is not None]
         self.bias = torch.cat(whole) if whole else None
+        self.low_rank = low_rank
         weight = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
         self.packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR) if self.packed else weight
@@ -150,8 +153,12 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        else:
+            y = nn.functional.linear(x, self.weight, self.bias)
+        if self.low_rank is None:
             return y
-        return nn.functional.linear(x, self.weight, self.bias)
+        down, up = self.low_rank
+        return (y + nn.functional.linear(nn.functional.linear(x.to(down.dtype), down), up)).to(y.dtype)
 
 
 _PACKED_FOR = 64
@@ -159,24 +166,47 @@ _PACKED_FOR = 64
 
 
 def fused(*layers: Any) -> Linear:
-    """One product for layers that read the same input."""
-    if any(type(layer) is not nn.Linear for layer in layers):
+    """One product for linear layers that read the same input, with the adapters that are switched on."""
+    plain = [getattr(layer, "base_layer", layer) for layer in layers]
+    if any(type(layer) is not nn.Linear for layer in plain):
         raise Unknown(" and ".join(type(layer).__name__ for layer in layers))
-    return Linear([layer.weight for layer in layers], [layer.bias for layer in layers])
+    adapters = [_adapter(layer) for layer in layers]
+    low_rank = None
+    if any(adapters):
+        down, up = zip(*((a or _no_adapter(layer)) for a, layer in zip(adapters, plain, strict=True)), strict=True)
+        low_rank = torch.cat(down), torch.block_diag(*up)
+    return Linear([layer.weight for layer in plain], [layer.bias for layer in plain], low_rank)
 
 
-def fingerprint(model: LanguageModel) -> tuple[tuple[int, int], ...]:
-    """Changes whenever a weight is replaced or written to in place."""
-    return tuple((p.data_ptr(), p._version) for p in model.plain.parameters())
+def _adapter(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """(A, s B) of a peft LoRA layer, if it has one that is switched on."""
+    if not hasattr(layer, "base_layer") or layer.disable_adapters:
+        return None
+    if not hasattr(layer, "lora_A") or layer.merged or len(layer.active_adapters) != 1 or getattr(layer, "lora_variant", None):
+        raise Unknown(f"an adapter of type {type(layer).__name__}")
+    (name,) = layer.active_adapters
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    if up.bias is not None:
+        raise Unknown("an adapter with a bias")
+    return down.weight.detach(), up.weight.detach() * layer.scaling[name]
 
 
-def make_stepper(model: LanguageModel) -> Stepper:
-    """The fast decoder if it understands the model, else the model itself."""
+def _no_adapter(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    return layer.weight.new_zeros(0, layer.in_features), layer.weight.new_zeros(layer.out_features, 0)
+
+
+def fingerprint(model: LanguageModel) -> tuple[object, ...]:
+    """Changes whenever a weight is replaced or written to in place, and when adapters are switched on or off."""
+    weights = ((p.data_ptr(), p._version) for p in model.plain.parameters())
+    return (*weights, *(module.disable_adapters for module in model.plain.modules() if hasattr(module, "disable_adapters")))
+
+
+def choose(model: LanguageModel) -> Callable[[LanguageModel], Stepper]:
+    """`Decoder` if it understands the model, else `PlainStepper`."""
     try:
-        decoder = Decoder(model)
+        return Decoder if _agree(model, Decoder(model)) else PlainStepper
     except Unknown:
-        return PlainStepper(model)
-    return decoder if _agree(model, decoder) else PlainStepper(model)
+        return PlainStepper
 
 
 @torch.no_grad()

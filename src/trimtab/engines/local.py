@@ -8,7 +8,7 @@ read by the same object that is trained, so nothing has to be sent anywhere.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.config import Config
 from trimtab.engines.cache import Cache, Prefill
-from trimtab.engines.decoder import Stepper, fingerprint, make_stepper
+from trimtab.engines.decoder import Stepper, choose, fingerprint
 from trimtab.engines.sampling import SamplingConfig, draw
 from trimtab.errors import DataError
 from trimtab.models.language import LanguageModel
@@ -44,6 +44,7 @@ class LocalEngine:
     def __init__(self, model: LanguageModel, sampling: SamplingConfig, config: EngineConfig | None = None) -> None:
         self.model, self.sampling, self.config = model, sampling, config or EngineConfig()
         self.version = 0
+        self._make_stepper: Callable[[LanguageModel], Stepper] | None = None
         self._stepper: Stepper | None = None
         self._made_from: object = None
 
@@ -77,7 +78,9 @@ class LocalEngine:
         """What decodes with the weights as they are now."""
         now = fingerprint(self.model)
         if self._stepper is None or self._made_from != now:
-            self._stepper, self._made_from = make_stepper(self.model), now
+            self._make_stepper = self._make_stepper or choose(self.model)
+            self._stepper = None  # two copies of the weights are one too many
+            self._stepper, self._made_from = self._make_stepper(self.model), now
         return self._stepper
 
     def _run(self, jobs: deque[Job], sampled: Sampled) -> None:
@@ -136,7 +139,9 @@ class Sampled:
     @classmethod
     def empty(cls, uniform: Tensor, device: torch.device) -> Sampled:
         tokens = torch.zeros(uniform.shape, dtype=torch.long, device=device)
-        return cls(uniform.to(device), tokens, torch.zeros(uniform.shape, dtype=torch.float64, device=device), tokens.new_zeros(len(uniform)))
+        return cls(
+            uniform.to(device), tokens, torch.zeros(uniform.shape, dtype=torch.float64, device=device), tokens.new_zeros(len(uniform))
+        )
 
     def record(self, rows: Tensor, times: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
         self.tokens[rows, times], self.logprobs[rows, times] = tokens, logprobs.to(torch.float64)
