@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trimtab.models.packed import AttentionSettings, Layout
-from trimtab.types import Group, Prompt
+from trimtab.types import Group, Prompt, Response
 
 _WIDTH = 32
 """Attention reads prompts and responses in multiples of this many tokens."""
@@ -27,27 +27,48 @@ def round_up(n: int) -> int:
 
 
 class Prefill:
-    """The `layout` of the pass that reads prompts: attention within each prompt, whose keys and values are kept.
+    """The `layout` of the pass that reads prompts and drafts of responses to them; their keys and values are kept.
 
-    ends [prompts]: where in the packed sequence each prompt ends.
+    ends [prompts]: where in the packed sequence each prompt ends. A draft's last token is not read: nothing is predicted from it.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], device: torch.device) -> None:
-        self.packed = Layout.of([Group(prompt, ()) for prompt in prompts], keep_last=False, device=device)
+    def __init__(self, prompts: Sequence[Prompt], device: torch.device, drafts: Sequence[Sequence[tuple[int, ...]]] = ()) -> None:
+        answers = [tuple(Response(draft, "") for draft in group) for group in drafts] or [()] * len(prompts)
+        groups = [Group(prompt, responses) for prompt, responses in zip(prompts, answers, strict=True)]
+        self.packed = Layout.of(groups, keep_last=False, device=device)
         self.lengths = [len(prompt.tokens) for prompt in prompts]
-        self.ends = torch.tensor(self.lengths, device=device).cumsum(0) - 1
-        starts = self.ends + 1 - torch.tensor(self.lengths, device=device)
-        # beyond a prompt's end its places hold other tokens' keys: attention masks them
-        places = starts[:, None] + torch.arange(round_up(max(self.lengths)), device=device)
-        self.places = places.clamp_(max=len(self.packed.input_ids) - 1)
+        self.draft_lengths = [len(response.tokens) for responses in answers for response in responses]
+        starts, draft_starts, place = [], [], 0
+        for prompt, responses in zip(prompts, answers, strict=True):
+            starts.append(place)
+            place += len(prompt.tokens)
+            for response in responses:
+                draft_starts.append(place)
+                place += len(response.tokens) - 1
+        self.ends = torch.tensor(starts, device=device) + torch.tensor(self.lengths, device=device) - 1
+
+        def cells(first: list[int], longest: int) -> Tensor:
+            # beyond an end they hold the keys of other tokens: attention masks them
+            index = torch.tensor(first, device=device)[:, None] + torch.arange(round_up(longest), device=device)
+            return index.clamp_(max=place - 1)
+
+        self._prompt_cells = cells(starts, max(self.lengths))
+        self._draft_cells = cells(draft_starts, max(self.draft_lengths)) if draft_starts else None
         self.settings: dict[int, AttentionSettings] = {}
-        self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
+        self.prompts: dict[int, tuple[Tensor, Tensor]] = {}  # [prompts, kv, P, dim]
+        self.drafts: dict[int, tuple[Tensor, Tensor]] = {}  # [drafts, kv, R, dim]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """Attention of all prompts (see AttentionLayout)."""
+        """Attention of all prompts and drafts (see AttentionLayout)."""
         self.settings[layer] = settings
-        self.keys_values[layer] = (key[0][:, self.places].transpose(0, 1), value[0][:, self.places].transpose(0, 1))
+        self.prompts[layer] = _gathered(key, self._prompt_cells), _gathered(value, self._prompt_cells)
+        if self._draft_cells is not None:
+            self.drafts[layer] = _gathered(key, self._draft_cells), _gathered(value, self._draft_cells)
         return self.packed.attend(layer, query, key, value, settings)
+
+
+def _gathered(x: Float[Tensor, "1 kv n dim"], cells: Int[Tensor, "m width"]) -> Float[Tensor, "m kv width dim"]:
+    return x[0][:, cells].transpose(0, 1)
 
 
 @dataclass
@@ -111,12 +132,25 @@ class Cache:
         for place, length in zip(places, prefill.lengths, strict=True):
             self.lengths[place] = length
         index = torch.tensor(places, device=self.device)
-        for layer, new in prefill.keys_values.items():
+        for layer, new in prefill.prompts.items():
             old = self.prompts.get(layer, new)
             self.prompts[layer] = (_with_places(old[0], new[0], index), _with_places(old[1], new[1], index))
         self.settings |= prefill.settings
         self.places += [places[i] for i in prompt_of_row]
         self.times += [0] * len(prompt_of_row)
+
+    def resume(self, prefill: Prefill, drafts: Sequence[int], read: Sequence[int]) -> None:
+        """Let the last rows that were admitted begin with the first `read` tokens of these drafts."""
+        first = len(self.places) - len(drafts)
+        self.times[first:] = read
+        R = round_up(max(read) + 1)
+        if self.room < R:
+            self._make_room(R)
+        index = torch.tensor(drafts, device=self.device)
+        for layer, pair in prefill.drafts.items():
+            for target, source in zip(self.own[layer], pair, strict=True):
+                width = min(R, source.shape[2])
+                target[first : first + len(drafts), :, :width] = source[index, :, :width]
 
     def drop(self, finished: Sequence[int]) -> list[int]:
         """Forget some rows. Returns, for each row that is left, its number before."""
