@@ -83,10 +83,10 @@ class Decoder:
 
 
 class _Layer:
-    def __init__(self, layer: nn.Module, index: int) -> None:
+    def __init__(self, layer: Any, index: int) -> None:
         _expect(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
         attention, mlp = layer.self_attn, layer.mlp
-        _expect(attention, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"})
+        _expect(attention, {"q_proj", "k_proj", "v_proj", "o_proj"}, frozenset({"q_norm", "k_norm"}))
         _expect(mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"})
         self.index, self.dim, self.activation = index, attention.head_dim, mlp.act_fn
         self.before, self.between = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
@@ -127,7 +127,7 @@ class _Norm:
         return torch.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(self.weight.dtype).mul_(self.weight)
 
 
-def _expect(module: nn.Module, parts: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def _expect(module: nn.Module, parts: set[str], optional: frozenset[str] = frozenset()) -> None:
     """The module has these parts and no others that take part in a step."""
     names = {name for name, _ in module.named_children()}
     if not parts <= names <= parts | optional:
