@@ -16,7 +16,7 @@ LAYERS = [
 ]  # fmt: skip
 SIBLINGS = {
     "algorithms": {"base", "group"},
-    "engines": {"sampling"},
+    "engines": {"batching", "cache", "decoder", "drafts", "sampling"},
     "rewards": {"numerals", "sandbox"},
     "stages": {"common", "actor_critic", "policy_metrics", "explanation", "sample", "overlap"},
 }

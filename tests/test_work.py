@@ -185,9 +185,9 @@ def generation(place: Path) -> Step:
 
 
 def passes(work: Work, tokens: list[int], one: Necessary, *, trunk: int, head: int) -> Step:
-    """So many passes; a backward one counts 2. The logits of all response tokens may exist in bfloat16."""
+    """So many passes; a backward one counts 2, and may make scores again. All logits of response tokens may exist in bfloat16."""
     logits = 2 * round(one.head / (2 * SHAPE.width)) if head else 0
-    return Step(work, tokens, (trunk * one.low, trunk * one.high), (head * one.head, head * one.head), logits)
+    return Step(work, tokens, (trunk * one.low, trunk * one.high + trunk // 3 * one.again), (head * one.head, head * one.head), logits)
 
 
 STEPS: dict[str, Callable[[Path], Step]] = {

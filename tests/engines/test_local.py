@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 import tiny
 from trimtab.batch import Batch
 from trimtab.data.templates import Template
+from trimtab.engines.decoder import Decoder
 from trimtab.engines.local import EngineConfig, LocalEngine
 from trimtab.engines.sampling import SamplingConfig, draw, inverse_cdf
 from trimtab.errors import DataError
@@ -54,8 +57,10 @@ def test_responses_do_not_depend_on_their_company(rows: int) -> None:
     assert [[r.tokens for r in g.responses] for g in a] == [[r.tokens for r in g.responses] for g in b]
 
 
-def test_rows_that_finish_leave_and_the_rest_is_right() -> None:
-    sampler = engine()
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("rows", [4, 7, 64])
+def test_rows_that_finish_leave_and_the_rest_is_right(architecture: str, rows: int) -> None:
+    sampler = engine(architecture, rows=rows, max_tokens=70)
     raise_eos(sampler, 3.0)
     groups = sampler.generate(PROMPTS, 6, seed=0)
     lengths = {len(r.tokens) for g in groups for r in g.responses}
@@ -63,6 +68,45 @@ def test_rows_that_finish_leave_and_the_rest_is_right() -> None:
     assert all(r.truncated == (r.tokens[-1] != 0) and 0 not in r.tokens[:-1] for g in groups for r in g.responses)
     recomputed = sampler.model.forward(Batch(tuple(groups))).logprobs
     assert (recomputed - torch.tensor([p for g in groups for r in g.responses for p in r.logprobs])).abs().max() < 1e-5
+
+
+def watch(engine: LocalEngine) -> tuple[list[int], list[int]]:
+    """Tokens of every decoding step, and of every pass that reads prompts."""
+    steps: list[int] = []
+    reads: list[int] = []
+    stepper, hidden = engine.stepper(), engine.model.hidden
+
+    def stepped(tokens: torch.Tensor, *others: Any) -> torch.Tensor:
+        steps.append(len(tokens))
+        return Decoder.hidden(stepper, tokens, *others)
+
+    def read(tokens: torch.Tensor, *others: Any) -> torch.Tensor:
+        reads.append(len(tokens))
+        return hidden(tokens, *others)
+
+    stepper.hidden, engine.model.hidden = stepped, read  # type: ignore[method-assign]
+    return steps, reads
+
+
+def test_every_prompt_is_read_once_and_every_token_but_the_last_once() -> None:
+    sampler = engine(rows=16)
+    raise_eos(sampler, 3.0)
+    steps, reads = watch(sampler)
+    groups = sampler.generate(PROMPTS * 5, 4, seed=0)
+    assert sum(reads) == sum(len(g.prompt.tokens) for g in groups)
+    assert sum(steps) == sum(len(r.tokens) - 1 for g in groups for r in g.responses)
+
+
+def test_the_batch_stays_full_while_prompts_wait() -> None:
+    sampler = engine(rows=16, max_tokens=40)
+    raise_eos(sampler, 3.0)
+    steps, _ = watch(sampler)
+    prompts = PROMPTS * 30
+    groups = sampler.generate(prompts, 4, seed=0)
+    longest = max(len(r.tokens) for g in groups for r in g.responses)
+    assert sum(steps) > 0.75 * 16 * (len(steps) - longest)  # a wave would wait for its longest response again and again
+    waves = [max(len(r.tokens) for g in groups[i : i + 4] for r in g.responses) for i in range(0, len(groups), 4)]
+    assert len(steps) < 0.7 * sum(waves)
 
 
 def test_same_seed_same_responses_other_seed_others() -> None:

@@ -30,15 +30,14 @@ def draw(
     only, so a response does not change with the company it is sampled in. The log-probability is that of the whole
     policy, also where top-p or top-k restrict the draw.
     """
-    logprobs = torch.log_softmax(logits, dim=-1)
+    probabilities = torch.softmax(logits, dim=-1)
     if config.temperature == 0:
         tokens = logits.argmax(dim=-1)
+    elif config.top_k or config.top_p < 1:
+        tokens = inverse_cdf(_truncate(probabilities, config), uniform)
     else:
-        probabilities = logprobs.exp()
-        if config.top_k or config.top_p < 1:
-            probabilities = _truncate(probabilities, config)
         tokens = inverse_cdf(probabilities, uniform)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log()
 
 
 def inverse_cdf(weights: Float[Tensor, "rows n"], uniform: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
@@ -47,8 +46,9 @@ def inverse_cdf(weights: Float[Tensor, "rows n"], uniform: Float[Tensor, " rows"
     Done in two stages of block sums, which is faster and more accurate than one long running sum.
     """
     rows, n = weights.shape
-    padded = torch.nn.functional.pad(weights, (0, -n % _BLOCK)).view(rows, -1, _BLOCK)
-    blocks = padded.sum(-1, dtype=torch.float64).cumsum(-1)
+    padded = weights if n % _BLOCK == 0 else torch.nn.functional.pad(weights, (0, -n % _BLOCK))
+    padded = padded.reshape(rows, -1, _BLOCK)
+    blocks = padded.sum(-1).to(torch.float64).cumsum(-1)
     target = uniform.to(torch.float64)[:, None] * blocks[:, -1:]
     block = torch.searchsorted(blocks, target, right=True).clamp_(max=blocks.shape[1] - 1)
     before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)
