@@ -178,6 +178,7 @@ def kto_step(place: Path) -> Step:
 def generation(place: Path) -> Step:
     """Prompts once, and every sampled token but the last; the head at most once for each; the logits of a decoding step in float32."""
     learner = policy_learning("grpo", place)
+    learner.engine.stepper()  # checks itself against the model, once
     work, groups = counted(lambda: learner.engine.generate(learner.prompts, 4, seed=1))
     one = Necessary.of(tuple(groups), SHAPE)
     fewest = one.head - len(groups) * 3 * 2 * SHAPE.width * VOCABULARY  # the first tokens of a group come from one state
