@@ -21,7 +21,9 @@ def test_gradients_by_finite_differences(softcap: float | None, temperature: flo
         logprobs, entropies = token_logprobs(h, Head(w, b, scale, softcap), targets, temperature=temperature, entropy=entropy)
         return logprobs if entropies is None else torch.stack([logprobs, entropies])
 
-    assert torch.autograd.gradcheck(compute, (hidden, weight, bias))
+    assert torch.autograd.gradcheck(
+        compute, (hidden, weight, bias), nondet_tol=1e-12
+    )  # a second backward pass computes again what the first kept
 
 
 def test_values_are_log_softmax_and_entropy() -> None:

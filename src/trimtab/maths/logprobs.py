@@ -75,6 +75,10 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
+    """Where all logits are made at once and there is no cap, what is kept for the backward pass are the probabilities, written over
+
+    them: their gradient is then -p times a number of the row, and no exponential is taken twice."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, temperature: float, entropy: bool
@@ -82,20 +86,25 @@ class _TokenLogprobs(torch.autograd.Function):
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logprobs, norm, entropies = (torch.zeros(len(hidden), dtype=exact, device=hidden.device) for _ in range(3))
         parts = _parts(hidden, weight)
-        kept = None
+        keep = len(parts) == 1 and any(ctx.needs_input_grad[:3]) and head.softcap is None
+        ctx.kept = None
         for part in parts:
             z = torch.nn.functional.linear(hidden[part], weight, bias)
             for rows, inner in _slices(part, z):
                 logits = head.finish(z[inner], temperature)
-                norm[rows] = torch.logsumexp(logits, dim=-1)
+                highest = logits.amax(-1, keepdim=True)
+                below = logits - highest
+                weights = torch.exp(below)
+                total = weights.sum(-1, keepdim=True)
+                norm[rows] = (highest + total.log())[:, 0]
                 logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - norm[rows]
-                if entropy:
-                    p = torch.exp(logits - norm[rows, None])
-                    entropies[rows] = norm[rows] - (p.mul_(logits)).nan_to_num_(nan=0.0).sum(-1)
-            if len(parts) == 1 and any(ctx.needs_input_grad[:3]):
-                kept = z
-        ctx.save_for_backward(hidden, weight, bias, targets, norm, entropies)
-        ctx.kept = kept
+                if entropy:  # log sum_v w_v - sum_v p_v log w_v with w = exp(z - max z)
+                    mean = below.mul_(weights).nan_to_num_(nan=0.0).sum(-1) / total[:, 0]
+                    entropies[rows] = total.log()[:, 0] - mean
+                if keep:
+                    z[inner] = weights.div_(total)
+            ctx.kept = z if keep else None
+        ctx.save_for_backward(hidden, weight, bias, targets, norm, logprobs, entropies)
         ctx.head, ctx.temperature = head, temperature
         ctx.set_materialize_grads(False)  # an output from which nothing is learnt costs nothing in the backward pass
         if not entropy:
@@ -104,7 +113,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, bias, targets, norm, entropies = ctx.saved_tensors
+        hidden, weight, bias, targets, norm, logprobs, entropies = ctx.saved_tensors
         grad_logprob, grad_entropy = torch.zeros_like(norm) if grads[0] is None else grads[0], grads[1]
         kept, ctx.kept = ctx.kept, None  # the gradient is written over it: a second backward pass computes it again
         head, temperature = ctx.head, ctx.temperature
@@ -115,16 +124,21 @@ class _TokenLogprobs(torch.autograd.Function):
         for part in _parts(hidden, weight):
             z = kept if kept is not None else torch.nn.functional.linear(hidden[part], weight, bias)
             for rows, inner in _slices(part, z):
-                logits = head.finish(z[inner], temperature)
-                slope = head.slope(logits, temperature)
-                logp = logits - norm[rows, None]
-                grad = torch.exp(logp)
-                if grad_entropy is not None:  # -g_l p - g_H p (log p + H): both share the factor p
-                    factor = grad_logprob[rows, None] + grad_entropy[rows, None] * (logp + entropies[rows, None])
-                    grad.mul_(factor).nan_to_num_(nan=0.0).neg_()
+                target, pull = targets[rows, None], grad_logprob[rows, None]
+                if kept is None:
+                    logits = head.finish(z[inner], temperature)
+                    slope = head.slope(logits, temperature)
+                    p = torch.exp(logits - norm[rows, None])
                 else:
-                    grad.mul_(-grad_logprob[rows, None])
-                grad.scatter_add_(1, targets[rows, None], grad_logprob[rows, None].to(grad.dtype))
+                    slope = head.scale / temperature
+                    p = z[inner].to(norm.dtype)
+                chosen = logprobs[rows, None].exp()  # exactly: where it is near 1, 1 - p would be lost to rounding
+                if grad_entropy is None:
+                    grad = p.mul_(-pull).scatter_(1, target, (1 - chosen) * pull)
+                else:  # -g_l p - g_H p (log p + H): both share the factor p
+                    surprise = p.log().add_(entropies[rows, None]).mul_(grad_entropy[rows, None]).add_(pull)
+                    grad = p.mul_(surprise).nan_to_num_(nan=0.0).neg_()
+                    grad.scatter_add_(1, target, pull.to(grad.dtype))
                 z[inner] = grad.mul_(slope)
             if grad_hidden is not None:
                 grad_hidden[part] = z @ weight
