@@ -21,6 +21,9 @@ from trimtab.engines.sampling import SamplingConfig, draw
 from trimtab.models.language import LanguageModel
 from trimtab.types import Prompt
 
+_LOGITS_AT_ONCE = 2**21
+"""Logits in full precision at once: 8 MiB, so that many rows need no more memory than some."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -89,8 +92,10 @@ class Batcher:
 
     def _draw(self, logits: Tensor, responses: Int[Tensor, " n"], times: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """Draw and note a token of each of these responses."""
-        logits = self.model.head.finish(logits, self.sampling.temperature or 1.0)
-        tokens, logprobs = draw(logits, self.uniform[responses, times], self.sampling)
+        size, temperature = max(1, _LOGITS_AT_ONCE // logits.shape[1]), self.sampling.temperature or 1.0
+        numbers = self.uniform[responses, times].split(size)
+        parts = [draw(self.model.head.finish(z, temperature), u, self.sampling) for z, u in zip(logits.split(size), numbers, strict=True)]
+        tokens, logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
         self.tokens[responses, times], self.logprobs[responses, times] = tokens, logprobs.to(torch.float64)
         self.lengths[responses] = times + 1
         return tokens

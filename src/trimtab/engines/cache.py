@@ -105,6 +105,18 @@ class Plan:
         return self.masks[window, dtype]
 
 
+@dataclass
+class Views:
+    """One layer's keys and values as a step of these rows, prompts and widths reads them; made once, used until one of them changes."""
+
+    keys: Float[Tensor, "cells dim"]
+    values: Float[Tensor, "cells dim"]
+    own_keys: Float[Tensor, "units dim R"]
+    own_values: Float[Tensor, "units R dim"]
+    prompt_keys: Float[Tensor, "prompt_units dim P"]
+    prompt_values: Float[Tensor, "prompt_units P dim"]
+
+
 class Cache:
     """Keys and values of the active rows and of their prompts; also the `layout` of decoding steps.
 
@@ -122,6 +134,7 @@ class Cache:
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # [rows, kv, R, dim]
         self.room = 0
         self.plan: Plan | None = None
+        self._views: dict[int, Views] = {}
 
     def admit(self, prefill: Prefill, prompt_of_row: Sequence[int]) -> None:
         """Take in prompts that have been read, and new rows that answer them (numbered among these prompts)."""
@@ -136,6 +149,7 @@ class Cache:
         for layer, new in prefill.prompts.items():
             old = self.prompts.get(layer, new)
             self.prompts[layer] = (_with_places(old[0], new[0], index), _with_places(old[1], new[1], index))
+        self._views = {}
         self.settings |= prefill.settings
         self.places += [places[i] for i in prompt_of_row]
         self.times += [0] * len(prompt_of_row)
@@ -176,6 +190,7 @@ class Cache:
         used = sorted(set(self.places))
         if not used or 2 * len(used) > len(self.lengths):
             return
+        self._views = {}
         index = torch.tensor(used, device=self.device)
         self.prompts = {layer: (k[index], v[index]) for layer, (k, v) in self.prompts.items()}
         self.lengths = [self.lengths[i] for i in used]
@@ -188,6 +203,7 @@ class Cache:
         R = round_up(max(self.times) + 1)
         if self.room < R:
             self._make_room(R)
+        P = round_up(max(self.lengths[place] for place in self.places))
         seen: Counter[int] = Counter()
         ranks = []
         for place in self.places:
@@ -204,13 +220,17 @@ class Cache:
         to_prompts = torch.zeros(g * kv * S, dtype=torch.long, device=self.device).index_copy_(0, to_rows, units.flatten())
         write = (units * self.room + times[:, None]).flatten()
         lengths = tensor(self.lengths)[places]
-        self.plan = Plan(to_prompts, to_rows, write, lengths, times, S, round_up(max(self.lengths[p] for p in seen)), R)
+        before = self.plan
+        if before is None or (len(before.times), before.P, before.R) != (n, P, R):
+            self._views = {}
+        self.plan = Plan(to_prompts, to_rows, write, lengths, times, S, P, R)
         self.times = [time + 1 for time in self.times]
         return lengths + times
 
     def _make_room(self, R: int) -> None:
         """Room for R response tokens, and for as many again while there may be more."""
         self.room = min(2 * R, round_up(self.max_tokens))
+        self._views = {}
         for layer, (key, _) in self.prompts.items():
             fresh = [key.new_zeros(self.rows, key.shape[1], self.room, key.shape[3]) for _ in "kv"]
             for new, old in zip(fresh, self.own.get(layer, ()), strict=False):
@@ -230,16 +250,14 @@ class Cache:
         n, heads, dim = query.shape
         kv = key.shape[1]
         rep, S, P, R = heads // kv, plan.siblings, plan.P, plan.R
-        own_key, own_value = (x[:n] for x in self.own[layer])
-        own_key.view(-1, dim).index_copy_(0, plan.write, key.reshape(-1, dim))
-        own_value.view(-1, dim).index_copy_(0, plan.write, value.reshape(-1, dim))
-        own_key, own_value = (x.flatten(0, 1)[:, :R] for x in (own_key, own_value))
-        prompt_key, prompt_value = (x.flatten(0, 1)[:, :P] for x in self.prompts[layer])
+        views = self._views.get(layer) or self._view(layer, n)
+        views.keys.index_copy_(0, plan.write, key.reshape(-1, dim))
+        views.values.index_copy_(0, plan.write, value.reshape(-1, dim))
 
         units = query.reshape(n * kv, rep * dim)
         by_prompt = units.index_select(0, plan.to_prompts).view(-1, S * rep, dim)
-        cross = torch.bmm(by_prompt, prompt_key.transpose(1, 2)).view(-1, rep * P)
-        own = torch.bmm(units.view(-1, rep, dim), own_key.transpose(1, 2))
+        cross = torch.bmm(by_prompt, views.prompt_keys).view(-1, rep * P)
+        own = torch.bmm(units.view(-1, rep, dim), views.own_keys)
         scores = torch.cat([cross.index_select(0, plan.to_rows).view(-1, rep, P), own], dim=-1).view(n, kv, rep, P + R)
         mask = plan.mask(settings.window, query.dtype)
         if settings.softcap is None:
@@ -248,8 +266,16 @@ class Cache:
             scores = torch.add(mask, torch.tanh(scores * (settings.scale / settings.softcap)), alpha=settings.softcap)
         weights = torch.softmax(scores, dim=-1).view(n * kv, rep, P + R)
         to_prompt = weights[..., :P].reshape(-1, rep * P).index_select(0, plan.to_prompts).view(-1, S * rep, P)
-        out = torch.bmm(to_prompt, prompt_value).view(-1, rep * dim).index_select(0, plan.to_rows)
-        return out.view(-1, rep, dim).baddbmm_(weights[..., P:], own_value).view(n, heads, dim)
+        out = torch.bmm(to_prompt, views.prompt_values).view(-1, rep * dim).index_select(0, plan.to_rows)
+        return out.view(-1, rep, dim).baddbmm_(weights[..., P:], views.own_values).view(n, heads, dim)
+
+    def _view(self, layer: int, n: int) -> Views:
+        assert self.plan is not None
+        keys, values = (x[:n].view(-1, x.shape[-1]) for x in self.own[layer])
+        own_keys, own_values = (x[:n].flatten(0, 1)[:, : self.plan.R] for x in self.own[layer])
+        prompt_keys, prompt_values = (x.flatten(0, 1)[:, : self.plan.P] for x in self.prompts[layer])
+        self._views[layer] = Views(keys, values, own_keys.transpose(1, 2), own_values, prompt_keys.transpose(1, 2), prompt_values)
+        return self._views[layer]
 
 
 def _with_places(old: Tensor, new: Tensor, places: Tensor) -> Tensor:

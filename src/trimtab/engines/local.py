@@ -28,7 +28,7 @@ class EngineConfig(Config):
 
     rows: int = Field(64, gt=0, description="responses generated side by side")
     reuse: bool = Field(
-        False, description="draw a prompt with the same random numbers every time, and start from its last response as far as that holds"
+        False, description="draw a prompt by the same random numbers every time, from its last response on (does not pay in bfloat16)"
     )
 
 

@@ -21,6 +21,7 @@ from trimtab.config import Config
 from trimtab.data.templates import Mode, Template
 from trimtab.errors import ConfigError, ModelError, RunError
 from trimtab.models import packed
+from trimtab.models.allocator import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +130,8 @@ def load_model(auto_class: Any, config: ModelConfig, **options: Any) -> Any:
     """
     packed.register()
     device = resolve_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     path = resolve_path(config.path)
     adapter = Path(path, "adapter_config.json")
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else path
