@@ -19,7 +19,7 @@ class Work(TorchDispatchMode):
 
     tokens:   tokens looked up in every embedding table, by the table's place in memory: what every model has read.
     trunk:    operations (2 per multiply-add) of all matrix products but the head's.
-    head:     those of which one side is as large as the vocabulary.
+    head:     those of which one side is a good part of the vocabulary.
     largest:  bytes of the largest tensor made, without those in the shape of a parameter (weights, their gradients and moments).
     """
 
@@ -36,7 +36,7 @@ class Work(TorchDispatchMode):
         count = _flops(func, args, kwargs or {}, out)
         if count:
             sizes = {size for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor) for size in x.shape}
-            if self.vocabulary in sizes:
+            if max(sizes) > self.vocabulary // 10:  # the head's weight has its gradient made in pieces; nothing in the trunk is as large
                 self.head += count
             else:
                 self.trunk += count

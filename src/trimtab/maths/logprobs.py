@@ -7,6 +7,7 @@ stay in the processor's cache), and only the log-probability of the token that w
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,7 +78,8 @@ def token_logprobs(
 class _TokenLogprobs(torch.autograd.Function):
     """Where all logits are made at once and there is no cap, what is kept for the backward pass are the probabilities, written over
 
-    them: their gradient is then -p times a number of the row, and no exponential is taken twice."""
+    them: their gradient is then -p times a number of the row, and no exponential is taken twice. A weight that carries `main_grad`
+    (see training.optimiser) has its gradient added there, and autograd hears of none."""
 
     @staticmethod
     def forward(
@@ -89,7 +91,7 @@ class _TokenLogprobs(torch.autograd.Function):
         keep = len(parts) == 1 and any(ctx.needs_input_grad[:3]) and head.softcap is None
         ctx.kept = None
         for part in parts:
-            z = torch.nn.functional.linear(hidden[part], weight, bias)
+            z, memory = _logits(hidden[part], weight, bias)
             for rows, inner in _slices(part, z):
                 logits = head.finish(z[inner], temperature)
                 highest = logits.amax(-1, keepdim=True)
@@ -103,7 +105,11 @@ class _TokenLogprobs(torch.autograd.Function):
                     entropies[rows] = total.log()[:, 0] - mean
                 if keep:
                     z[inner] = weights.div_(total)
-            ctx.kept = z if keep else None
+            if keep:
+                ctx.kept = z, memory
+            else:
+                _SPARE.append(memory)
+        ctx.sink = getattr(weight, "main_grad", None)
         ctx.save_for_backward(hidden, weight, bias, targets, norm, logprobs, entropies)
         ctx.head, ctx.temperature = head, temperature
         ctx.set_materialize_grads(False)  # an output from which nothing is learnt costs nothing in the backward pass
@@ -122,7 +128,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = None
         grad_bias = torch.zeros(len(weight), dtype=norm.dtype, device=weight.device) if need_bias else None
         for part in _parts(hidden, weight):
-            z = kept if kept is not None else torch.nn.functional.linear(hidden[part], weight, bias)
+            z, memory = kept if kept is not None else _logits(hidden[part], weight, bias)
             for rows, inner in _slices(part, z):
                 target, pull = targets[rows, None], grad_logprob[rows, None]
                 if kept is None:
@@ -142,11 +148,15 @@ class _TokenLogprobs(torch.autograd.Function):
                 z[inner] = grad.mul_(slope)
             if grad_hidden is not None:
                 grad_hidden[part] = z @ weight
-            if need_weight:
+            if need_weight and ctx.sink is not None:
+                for words in range(0, len(weight), _WORDS):
+                    ctx.sink[words : words + _WORDS] += z[:, words : words + _WORDS].t() @ hidden[part]
+            elif need_weight:
                 share = z.t() @ hidden[part]
                 grad_weight = share if grad_weight is None else grad_weight.to(norm.dtype).add_(share)
             if grad_bias is not None:
                 grad_bias += z.sum(0, dtype=norm.dtype)
+            _SPARE.append(memory)
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -156,6 +166,27 @@ class _TokenLogprobs(torch.autograd.Function):
             None,
             None,
         )
+
+
+_SPARE: deque[Tensor] = deque(maxlen=1)
+"""Memory of logits that were done with: the next are written there, because fresh memory is ten times slower than warm."""
+
+_WORDS = 2**13
+"""Rows of the head's gradient made at once."""
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """h W^T + b, and the memory it lies in."""
+    size = len(hidden) * len(weight)
+    try:
+        memory = _SPARE.pop()
+    except IndexError:
+        memory = hidden.new_empty(0)
+    if memory.numel() < size or (memory.dtype, memory.device) != (hidden.dtype, hidden.device):
+        memory = hidden.new_empty(size)
+    z = memory[:size].view(len(hidden), len(weight))
+    product = torch.mm(hidden, weight.t(), out=z) if bias is None else torch.addmm(bias, hidden, weight.t(), out=z)
+    return product, memory
 
 
 def rows_per_part(hidden: Tensor, weight: Tensor) -> int:

@@ -39,6 +39,27 @@ class PackedModel:
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
         """The trunk's last hidden states [n, width] of a packed sequence."""
-        trunk = self.plain.base_model
-        last: Tensor = trunk(input_ids=input_ids[None], position_ids=position_ids[None], layout=layout, use_cache=False).last_hidden_state
+        trunk, embedding = self.plain.base_model, self.plain.get_input_embeddings()
+        read = {"input_ids": input_ids[None]}
+        if torch.is_grad_enabled() and type(embedding) is nn.Embedding and getattr(embedding.weight, "main_grad", None) is not None:
+            read = {"inputs_embeds": _Lookup.apply(embedding.weight, input_ids, embedding.padding_idx)[None]}  # type: ignore[no-untyped-call]
+        last: Tensor = trunk(**read, position_ids=position_ids[None], layout=layout, use_cache=False).last_hidden_state
         return last[0]
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of an embedding, whose gradient is added to the rows of `main_grad` alone: no array as large as the vocabulary is made."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None) -> Tensor:
+        ctx.sink, ctx.padding = weight.main_grad, padding  # type: ignore[attr-defined]
+        ctx.save_for_backward(ids)
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        (ids,), grad = ctx.saved_tensors, grads[0].to(ctx.sink.dtype)
+        if ctx.padding is not None:
+            grad = grad.masked_fill(ids[:, None] == ctx.padding, 0.0)
+        ctx.sink.index_add_(0, ids, grad)
+        return None, None, None

@@ -41,7 +41,8 @@ class Optimiser:
 
     Parameters in bfloat16 get a float32 master copy: gradients of all micro-batches are added up in float32 as backward
     produces them, the step is taken on the masters, and the rounded result is copied back. So many small micro-batches
-    lose nothing against one large one, and updates smaller than a bfloat16 step are not lost.
+    lose nothing against one large one, and updates smaller than a bfloat16 step are not lost. The sums are in reach of the model as
+    `parameter.main_grad`: the embedding and the head add to it themselves.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, total_steps: int) -> None:
@@ -52,6 +53,7 @@ class Optimiser:
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 master = parameter.detach().float()
                 master.grad = torch.zeros_like(master)
+                parameter.main_grad = master.grad  # type: ignore[attr-defined]
                 parameter.register_post_accumulate_grad_hook(_adder(master))
                 self.masters[name] = master
             else:
@@ -104,8 +106,8 @@ class Optimiser:
 
 def _adder(master: Tensor) -> Callable[[Tensor], None]:
     def add(parameter: Tensor) -> None:
-        assert master.grad is not None
-        assert parameter.grad is not None
+        if master.grad is None or parameter.grad is None:  # what was added to main_grad already
+            return
         master.grad += parameter.grad
         parameter.grad = None
 
