@@ -1,0 +1,91 @@
+"""`python -m bench`: our side beside its peers, on the same work, step by step in turn. `make bench ARGS=...` runs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.compare import BUILD, Bench, Missing
+from bench.link import ROOT, WorkerError
+from bench.table import table
+from bench.works import QUICK, WORKS, Work
+
+RESULTS = ROOT / "bench" / "results"
+SETTINGS = "settings.json"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in options.work or (QUICK if options.quick else WORKS):
+        start = time.perf_counter()
+        say(f"{name} against {WORKS[name].peer}")
+        work = WORKS[name] if options.model is None else replace(WORKS[name], model=options.model)
+        row = measured(work, options)
+        if row is not None:
+            (options.output / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
+            rows.append(row)
+        say(f"  {time.perf_counter() - start:.0f} s")
+    if rows:
+        print("\n" + table(rows))
+    return 1 if any("failed" in row for row in rows) else 0
+
+
+def measured(work: Work, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The row of a work; a peer that cannot be run gives a row that says why."""
+    bench = Bench(say)
+    try:
+        setting = setting_of(work, bench, options)
+        if options.search == "only":
+            return None
+        return bench.compare(work, setting, options.steps, 0 if options.quick else 2)
+    except (Missing, WorkerError) as error:
+        say(f"  NOT MEASURED: {error}")
+        return {"work": work.name, "peer": work.peer, "failed": str(error).strip().splitlines()[-1][:300]}
+
+
+def setting_of(work: Work, bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
+    """The peer's fastest setting: found before (results/settings.json), or searched for now."""
+    file = RESULTS / SETTINGS
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if work.name not in known or options.search in ("always", "only"):
+        if options.quick or options.model:
+            return work.start
+        say(f"  looking for the fastest setting of {work.peer}")
+        known = {**(json.loads(file.read_text()) if file.exists() else {}), work.name: bench.search(work)}
+        file.write_text(json.dumps(known, indent=1) + "\n")
+    setting: dict[str, Any] = known[work.name]["setting"]
+    return setting
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="four works, two rounds each, under three minutes, results in build/bench/quick")
+    parser.add_argument("--work", nargs="+", choices=list(WORKS), help="which rows (all)")
+    parser.add_argument("--steps", type=int, help="interleaved rounds (5; with --quick 2)")
+    parser.add_argument(
+        "--search",
+        choices=("cached", "always", "only"),
+        default="cached",
+        help="the peer's fastest setting: found earlier, found anew, or found anew and nothing else",
+    )
+    parser.add_argument("--model", help="another model for all rows (tiny, 10m, 135m, 360m): results in build/bench/MODEL")
+    parser.add_argument("--output", type=Path, help="folder of the JSON files (bench/results)")
+    options = parser.parse_args(arguments)
+    options.steps = options.steps or (2 if options.quick else 5)
+    options.output = options.output or (BUILD / options.model if options.model else BUILD / "quick" if options.quick else RESULTS)
+    return options
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
