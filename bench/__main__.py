@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measured(work: Work, options: argparse.Namespace) -> dict[str, Any] | None:
     """The row of a work; a peer that cannot be run gives a row that says why."""
-    bench = Bench(say)
+    bench = Bench(say, options.lock)
     try:
         setting = setting_of(work, bench, options)
         if options.search == "only":
@@ -58,7 +58,8 @@ def setting_of(work: Work, bench: Bench, options: argparse.Namespace) -> dict[st
         if options.quick or options.model:
             return work.start
         say(f"  looking for the fastest setting of {work.peer}")
-        known = {**(json.loads(file.read_text()) if file.exists() else {}), work.name: bench.search(work)}
+        found = bench.search(work)
+        known = {**(json.loads(file.read_text()) if file.exists() else {}), work.name: found}  # another run may have written meanwhile
         file.write_text(json.dumps(known, indent=1) + "\n")
     setting: dict[str, Any] = known[work.name]["setting"]
     return setting
@@ -66,7 +67,9 @@ def setting_of(work: Work, bench: Bench, options: argparse.Namespace) -> dict[st
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="four works, two rounds each, under three minutes, results in build/bench/quick")
+    parser.add_argument(
+        "--quick", action="store_true", help="four works, two rounds each, under three minutes, results in build/bench/quick"
+    )
     parser.add_argument("--work", nargs="+", choices=list(WORKS), help="which rows (all)")
     parser.add_argument("--steps", type=int, help="interleaved rounds (5; with --quick 2)")
     parser.add_argument(
@@ -76,6 +79,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="the peer's fastest setting: found earlier, found anew, or found anew and nothing else",
     )
     parser.add_argument("--model", help="another model for all rows (tiny, 10m, 135m, 360m): results in build/bench/MODEL")
+    parser.add_argument("--lock", type=Path, help="a file locked (flock) during every measurement, on a machine that is shared")
     parser.add_argument("--output", type=Path, help="folder of the JSON files (bench/results)")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (2 if options.quick else 5)

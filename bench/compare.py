@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -56,6 +58,12 @@ class Timed:
     bare: int
     first: dict[str, float]
 
+    @classmethod
+    def of(cls, ready: Reply, first: Reply) -> Timed:
+        """From the replies to "prepare" and to the first step, whose time does not count."""
+        on_gpu = "gpu_peak_bytes" in first
+        return cls([], peak_of(first), 0 if on_gpu else ready["loaded_bytes"], 0 if on_gpu else ready["bare_bytes"], first["metrics"])
+
     def as_json(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "peak_bytes": self.peak, "loaded_bytes": self.loaded, "bare_bytes": self.bare, "first": self.first}
 
@@ -63,9 +71,19 @@ class Timed:
 class Bench:
     """Everything the rows of one run share."""
 
-    def __init__(self, say: Say) -> None:
-        self.say = say
+    def __init__(self, say: Say, lock: Path | None = None, device: str = "cpu") -> None:
+        self.say, self.lock, self.device = say, lock, device
         self.logs = BUILD / "logs"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this lasts, nothing else that honours the lock file uses the machine."""
+        if self.lock is None:
+            yield
+            return
+        with self.lock.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def prepare(self, work: Work, steps: int) -> tuple[Path, list[list[Row]]]:
         """Models and rows, made if they are not there."""
@@ -74,12 +92,16 @@ class Bench:
         if missing:
             self.say(f"making {', '.join(missing)}")
             environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "HF_HUB_OFFLINE": "1"}
-            subprocess.run([sys.executable, "-m", "bench.models", *missing], check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, "-m", "bench.models", *missing], check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+            )
         file = BUILD / "rows" / f"{work.name}-{steps}.json"
         return file, in_steps(write_rows(file, work, steps, config_of(work.model)["vocab_size"]), work.rows)
 
-    def ours(self, work: Work, rows: Path, setting: Setting | None = None) -> tuple[Worker, Reply]:
-        worker = Worker("bench.ours", self.logs / f"{work.name}-ours.log")
+    def ours(
+        self, work: Work, rows: Path, setting: Setting | None = None, environment: Mapping[str, str] | None = None
+    ) -> tuple[Worker, Reply]:
+        worker = Worker("bench.ours", self.logs / f"{work.name}-ours.log", environment=environment)
         return worker, self._started(worker, work, rows, setting or {})
 
     def peer(self, work: Work, rows: Path, setting: Setting) -> tuple[Worker, Reply]:
@@ -104,7 +126,8 @@ class Bench:
         def measure(setting: Setting) -> float:
             known = next((t for t in trials if t["setting"] == setting), None)
             if known is None:
-                known = {"setting": setting, **self._trial(work, rows, setting)}
+                with self.alone():
+                    known = {"setting": setting, **self._trial(work, rows, setting)}
                 first = known.pop("first", None)
                 if first is not None and anchor and (wrong := unequal(work.kind, anchor, first, same=True)):
                     known = {"setting": setting, "refused": f"not the same work: {wrong}"}
@@ -124,20 +147,22 @@ class Bench:
             with worker:
                 first = worker.ask("step")
                 second = worker.ask("step")
-            return {"seconds": round(second["seconds"], 2), "peak_bytes": second["peak_bytes"], "first": first["metrics"]}
+            return {"seconds": round(second["seconds"], 2), "peak_bytes": peak_of(second), "first": first["metrics"]}
         except WorkerError as error:
             return {"refused": str(error)[-300:]}
 
     def compare(self, work: Work, setting: Setting, n: int, defaults: int) -> dict[str, Any]:
         """The row: n rounds against the peer's best setting, `defaults` steps of its plain defaults, and memory at equal micro-batches."""
         file, steps = self.prepare(work, n + 1)
-        with Worker("bench.ceilings", self.logs / "ceilings.log") as gauge:
+        with self.alone(), Worker("bench.ceilings", self.logs / "ceilings.log") as gauge:
             ours, theirs, ceilings = self._rounds(work, file, setting, n, gauge)
         row = figures(work, steps[1:], ours, theirs, ceilings)
         row |= {"peer_setting": setting, "first_step": {"ours": ours.first, "peer": theirs.first}}
         if defaults:
-            row |= self._against_defaults(work, file, ours, setting, theirs, defaults)
-        row |= self._memory(work, file, steps, setting, theirs)
+            with self.alone():
+                row |= self._against_defaults(work, file, ours, setting, theirs, defaults)
+        with self.alone():
+            row |= self._memory(work, file, steps, setting, theirs)
         return row | {"versions": versions(work), "machine": machine()}
 
     def _rounds(self, work: Work, file: Path, setting: Setting, n: int, gauge: Worker) -> tuple[Timed, Timed, list[Reply]]:
@@ -145,8 +170,7 @@ class Bench:
         try:
             for name, start in (("ours", lambda: self.ours(work, file)), ("peer", lambda: self.peer(work, file, setting))):
                 sides[name], ready = start()
-                first = sides[name].ask("step")
-                replies[name] = Timed([], first["peak_bytes"], ready["loaded_bytes"], ready["bare_bytes"], first["metrics"])
+                replies[name] = Timed.of(ready, sides[name].ask("step"))
             wrong = unequal(work.kind, replies["ours"].first, replies["peer"].first)
             if wrong:
                 raise WorkerError(f"the two sides do not do the same work: {wrong}")
@@ -154,8 +178,8 @@ class Bench:
                 for name in ("ours", "peer") if i % 2 == 0 else ("peer", "ours"):
                     reply, timed = sides[name].ask("step"), replies[name]
                     timed.seconds.append(reply["seconds"])
-                    timed.peak = max(timed.peak, reply["peak_bytes"])
-                ceilings.append(gauge.ask("measure"))
+                    timed.peak = max(timed.peak, peak_of(reply))
+                ceilings.append(gauge.ask("measure", device=self.device))
                 self.say(f"  round {i + 1}: ours {replies['ours'].seconds[-1]:.2f} s, {work.peer} {replies['peer'].seconds[-1]:.2f} s")
         finally:
             for worker in sides.values():
@@ -175,7 +199,7 @@ class Bench:
             return {"ratio_default": None, "default_refused": str(error)[-300:]}
         seconds = [reply["seconds"] for reply in replies]
         self.say(f"  defaults: {', '.join(f'{s:.2f}' for s in seconds)} s")
-        peak = max(reply["peak_bytes"] for reply in replies)
+        peak = max(map(peak_of, replies))
         return {"default_seconds": seconds, "ratio_default": median_ratio(seconds, ours.seconds), "default_peak_bytes": peak}
 
     def _memory(self, work: Work, file: Path, steps: list[list[Row]], setting: Setting, theirs: Timed) -> dict[str, Any]:
@@ -183,8 +207,8 @@ class Bench:
         budget = micro_tokens(work, steps, setting)
         worker, ready = self.ours(work, file, {"budget": budget})
         with worker:
-            peak = max(worker.ask("step")["peak_bytes"] for _ in range(2))
-        above = (peak - ready["bare_bytes"]) / (theirs.peak - theirs.bare)
+            peak = max(peak_of(worker.ask("step")) for _ in range(2))
+        above = (peak - (ready["bare_bytes"] if theirs.bare else 0)) / (theirs.peak - theirs.bare)
         return {"memory_ratio": peak / theirs.peak, "memory_ratio_above_imports": above, "memory_budget": budget, "memory_peak_bytes": peak}
 
 
@@ -226,7 +250,9 @@ def figures(work: Work, steps: list[list[Row]], ours: Timed, theirs: Timed, ceil
     shape = flops.Shape.of(config_of(work.model))
     gemm = [c["gemm_bfloat16"] for c in ceilings]
     if work.kind == "decode":
-        bounds = [flops.decode_bound(shape, rows, gemm=g, bandwidth=c["read_bytes"]) for rows, g, c in zip(steps, gemm, ceilings, strict=True)]
+        bounds = [
+            flops.decode_bound(shape, rows, gemm=g, bandwidth=c["read_bytes"]) for rows, g, c in zip(steps, gemm, ceilings, strict=True)
+        ]
     else:
         bounds = [flops.step(shape, work, rows) / g for rows, g in zip(steps, gemm, strict=True)]
     tokens = [work.rows * work.responses * work.new if work.generates else plain_tokens(rows) for rows in steps]
@@ -249,6 +275,11 @@ def figures(work: Work, steps: list[list[Row]], ours: Timed, theirs: Timed, ceil
         "peak_ratio": ours.peak / theirs.peak,
         "ceilings": {name: statistics.median(c[name] for c in ceilings) for name in ceilings[0]},
     }
+
+
+def peak_of(reply: Reply) -> int:
+    """The step's highest memory: of the GPU where there is one, else of the process."""
+    return int(reply.get("gpu_peak_bytes", reply["peak_bytes"]))
 
 
 def median_ratio(theirs: list[float], ours: list[float]) -> float:

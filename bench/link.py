@@ -59,7 +59,8 @@ class Worker:
             self.process.stdin.flush()
         except BrokenPipeError:
             raise WorkerError(self._last_words()) from None
-        line = self.process.stdout.readline()
+        while (line := self.process.stdout.readline()) and not line.startswith("{"):
+            pass  # printed while a library was imported, before the worker turned its output away
         if not line:
             raise WorkerError(self._last_words())
         reply: Reply = json.loads(line)

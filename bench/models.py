@@ -17,17 +17,18 @@ from bench.link import ROOT
 
 FOLDER = ROOT / "build" / "bench" / "models"
 
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
-    "10m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 16384},
-    "17m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 49152},
-    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
-    "360m": {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15, "num_key_value_heads": 5, "vocab_size": 49152},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-    "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 128256},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-}  # fmt: skip
-"""Llama shapes with random weights; their names are their sizes. `NAME:key=value,...` changes a shape."""
+FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+SHAPES = {
+    "tiny": (64, 128, 2, 4, 2, 512),
+    "10m": (256, 688, 8, 4, 2, 16384),
+    "17m": (256, 688, 6, 4, 2, 49152),
+    "135m": (576, 1536, 30, 9, 3, 49152),
+    "360m": (960, 2560, 32, 15, 5, 49152),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "3b": (3072, 8192, 28, 24, 8, 128256),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+}
+"""Llama shapes with random weights, named after their sizes. `NAME:vocab_size=4096,...` changes a shape."""
 
 
 def folder_of(name: str) -> Path:
@@ -72,7 +73,7 @@ def _random(name: str, folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     base, _, changes = name.partition(":")
-    shape = dict(SHAPES[base])
+    shape = dict(zip(FIELDS, SHAPES[base], strict=True))
     shape |= {key: int(value) for key, _, value in (change.partition("=") for change in changes.split(",") if change)}
     torch.manual_seed(0)
     config = LlamaConfig(

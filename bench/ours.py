@@ -1,11 +1,11 @@
 """Our side: the product's own pieces, with their default settings, one step at a time.
 
-    sft, reward   training.update with the stage's loss, Optimiser, LanguageModel or Scorer
-    dpo           PreferenceLearning: its prepared batch, its loss, the same update. It looks at the reference once, before training;
-                  a run that passes over its data once pays one such look for every update, so where the work has a reference pass
-                  (`reference`), each step is charged one
-    grpo, ...     PolicyLearning.step: sample, score, look, assign credit, update
-    decode        LocalEngine.generate
+sft, reward   training.update with the stage's loss, Optimiser, LanguageModel or Scorer
+dpo           PreferenceLearning: its prepared batch, its loss, the same update. It looks at the reference once, before training;
+              a run that passes over its data once pays one such look for every update, so where the work has a reference pass
+              (`reference`), each step is charged one
+grpo, ...     PolicyLearning.step: sample, score, look, assign credit, update
+decode        LocalEngine.generate
 """
 
 from __future__ import annotations
