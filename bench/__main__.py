@@ -44,7 +44,7 @@ def measured(work: Work, options: argparse.Namespace) -> dict[str, Any] | None:
         setting = setting_of(work, bench, options)
         if options.search == "only":
             return None
-        return bench.compare(work, setting, options.steps, 0 if options.quick else 2)
+        return bench.compare(work, setting, options.steps, 0 if options.quick else 1)
     except (Missing, WorkerError) as error:
         say(f"  NOT MEASURED: {error}")
         return {"work": work.name, "peer": work.peer, "failed": str(error).strip().splitlines()[-1][:300]}
