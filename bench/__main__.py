@@ -44,7 +44,7 @@ def measured(work: Work, options: argparse.Namespace) -> dict[str, Any] | None:
         setting = setting_of(work, bench, options)
         if options.search == "only":
             return None
-        return bench.compare(work, setting, options.steps, 0 if options.quick else 1)
+        return bench.compare(work, setting, options.steps, options.defaults)
     except (Missing, WorkerError) as error:
         say(f"  NOT MEASURED: {error}")
         return {"work": work.name, "peer": work.peer, "failed": str(error).strip().splitlines()[-1][:300]}
@@ -58,7 +58,7 @@ def setting_of(work: Work, bench: Bench, options: argparse.Namespace) -> dict[st
         if options.quick or options.model:
             return work.start
         say(f"  looking for the fastest setting of {work.peer}")
-        found = bench.search(work)
+        found = bench.search(work, options.axes, options.trial_steps)
         known = {**(json.loads(file.read_text()) if file.exists() else {}), work.name: found}  # another run may have written meanwhile
         file.write_text(json.dumps(known, indent=1) + "\n")
     setting: dict[str, Any] = known[work.name]["setting"]
@@ -78,11 +78,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="cached",
         help="the peer's fastest setting: found earlier, found anew, or found anew and nothing else",
     )
+    parser.add_argument("--axes", nargs="+", help="search only along these axes (all of the work's)")
+    parser.add_argument("--trial-steps", type=int, default=2, help="steps of each trial of the search, of which the last counts")
+    parser.add_argument("--defaults", type=int, help="measured steps of the peer's plain defaults (2; with --quick none)")
     parser.add_argument("--model", help="another model for all rows (tiny, 10m, 135m, 360m): results in build/bench/MODEL")
     parser.add_argument("--lock", type=Path, help="a file locked (flock) during every measurement, on a machine that is shared")
     parser.add_argument("--output", type=Path, help="folder of the JSON files (bench/results)")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (2 if options.quick else 5)
+    options.defaults = (0 if options.quick else 2) if options.defaults is None else options.defaults
     options.output = options.output or (BUILD / options.model if options.model else BUILD / "quick" if options.quick else RESULTS)
     return options
 

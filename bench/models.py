@@ -19,7 +19,7 @@ FOLDER = ROOT / "build" / "bench" / "models"
 
 FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 SHAPES = {
-    "tiny": (64, 128, 2, 4, 2, 512),
+    "tiny": (64, 128, 2, 4, 2, 8192),
     "10m": (256, 688, 8, 4, 2, 16384),
     "17m": (256, 688, 6, 4, 2, 49152),
     "135m": (576, 1536, 30, 9, 3, 49152),

@@ -72,7 +72,7 @@ class Trials(Bench):
     def prepare(self, work: Any, steps: int) -> Any:
         return Path("rows"), []
 
-    def _trial(self, work: Any, rows: Path, setting: Setting, give_up: float) -> dict[str, Any]:
+    def _trial(self, work: Any, rows: Path, setting: Setting, steps: int, give_up: float) -> dict[str, Any]:
         self.tried.append(tuple(setting.values()))
         answer = self.seconds[tuple(setting.values())]
         loss = 700.0 if answer == "wrong" else 10.0
