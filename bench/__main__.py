@@ -23,10 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name in options.work or (QUICK if options.quick else WORKS):
+    works = QUICK if options.quick else WORKS
+    for name in options.work or works:
         start = time.perf_counter()
-        say(f"{name} against {WORKS[name].peer}")
-        work = WORKS[name] if options.model is None else replace(WORKS[name], model=options.model)
+        work = works.get(name, WORKS[name])
+        work = work if options.model is None else replace(work, model=options.model)
+        say(f"{name} against {work.peer}")
         row = measured(work, options)
         if row is not None:
             (options.output / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
@@ -44,7 +46,7 @@ def measured(work: Work, options: argparse.Namespace) -> dict[str, Any] | None:
         setting = setting_of(work, bench, options)
         if options.search == "only":
             return None
-        return bench.compare(work, setting, options.steps, options.defaults)
+        return bench.compare(work, setting, options.steps, options.defaults, memory=not options.quick)
     except (Missing, WorkerError) as error:
         say(f"  NOT MEASURED: {error}")
         return {"work": work.name, "peer": work.peer, "failed": str(error).strip().splitlines()[-1][:300]}
@@ -68,7 +70,7 @@ def setting_of(work: Work, bench: Bench, options: argparse.Namespace) -> dict[st
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="four works, two rounds each, under three minutes, results in build/bench/quick"
+        "--quick", action="store_true", help="three works, smaller steps, two rounds, under three minutes, results in build/bench/quick"
     )
     parser.add_argument("--work", nargs="+", choices=list(WORKS), help="which rows (all)")
     parser.add_argument("--steps", type=int, help="interleaved rounds (5; with --quick 2)")

@@ -96,7 +96,7 @@ class Bench:
             subprocess.run(
                 [sys.executable, "-m", "bench.models", *missing], check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
             )
-        file = BUILD / "rows" / f"{work.name}-{steps}.json"
+        file = BUILD / "rows" / f"{folder_of(work.model).name}-{work.name}-{work.rows}x{steps}.json"
         return file, in_steps(write_rows(file, work, steps, config_of(work.model)["vocab_size"]), work.rows)
 
     def ours(
@@ -161,8 +161,11 @@ class Bench:
         except WorkerError as error:
             return {"refused": str(error)[-300:]}
 
-    def compare(self, work: Work, setting: Setting, n: int, defaults: int) -> dict[str, Any]:
-        """The row: n rounds against the peer's best setting, `defaults` steps of its plain defaults, and memory at equal micro-batches."""
+    def compare(self, work: Work, setting: Setting, n: int, defaults: int, *, memory: bool = True) -> dict[str, Any]:
+        """The row: n rounds against the peer's best setting, `defaults` steps of its plain defaults, and memory at equal micro-batches
+
+        (without `memory`: that of the rounds).
+        """
         file, steps = self.prepare(work, n + 1)
         with self.alone(), Worker("bench.ceilings", self.logs / "ceilings.log") as gauge:
             ours, theirs, ceilings = self._rounds(work, file, setting, n, gauge)
@@ -171,8 +174,10 @@ class Bench:
         if defaults:
             with self.alone():
                 row |= self._against_defaults(work, file, ours, setting, theirs, defaults)
-        with self.alone():
-            row |= self._memory(work, file, steps, setting, theirs)
+        row |= {"memory_ratio": row["peak_ratio"]}
+        if memory:
+            with self.alone():
+                row |= self._memory(work, file, steps, setting, theirs)
         return row | {"versions": versions(work), "machine": machine()}
 
     def _rounds(self, work: Work, file: Path, setting: Setting, n: int, gauge: Worker) -> tuple[Timed, Timed, list[Reply]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Kind = Literal["sft", "reward", "dpo", "grpo", "rloo", "ppo", "decode"]
@@ -156,5 +156,9 @@ WORKS = {
     )
 }
 
-QUICK = ("dpo", "sft", "grpo", "decode-transformers")
-"""What `--quick` runs: one of each sort, from settings found earlier."""
+QUICK = {
+    "dpo": replace(WORKS["dpo"], rows=4),
+    "sft": replace(WORKS["sft"], rows=4),
+    "decode-transformers": replace(WORKS["decode-transformers"], new=32, response=(32, 32)),
+}
+"""What `--quick` runs: one of each sort, smaller steps, the peer's setting as found earlier."""
