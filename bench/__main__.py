@@ -53,18 +53,29 @@ def measured(work: Work, options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def setting_of(work: Work, bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
-    """The peer's fastest setting: found before (results/settings.json), or searched for now."""
-    file = RESULTS / SETTINGS
-    known = json.loads(file.read_text()) if file.exists() else {}
-    if work.name not in known or options.search in ("always", "only"):
-        if options.quick or options.model:
-            return work.start
+    """The peer's fastest setting: found before (results/settings.json), or searched for now.
+
+    A search goes on where an earlier one stopped, unless all is to be measured anew.
+    """
+    known = settings().get(work.name)
+    if known is None and (options.quick or options.model):
+        return work.start
+    if known is None or options.search in ("always", "only"):
         say(f"  looking for the fastest setting of {work.peer}")
-        found = bench.search(work, options.axes, options.trial_steps)
-        known = {**(json.loads(file.read_text()) if file.exists() else {}), work.name: found}  # another run may have written meanwhile
-        file.write_text(json.dumps(known, indent=1) + "\n")
-    setting: dict[str, Any] = known[work.name]["setting"]
+        trials = known["trials"] if known and options.search == "only" else ()
+
+        def keep(found: dict[str, Any]) -> None:
+            (RESULTS / SETTINGS).write_text(json.dumps({**settings(), work.name: found}, indent=1) + "\n")
+
+        known = bench.search(work, options.axes, options.trial_steps, trials=trials, keep=keep)
+        keep(known)
+    setting: dict[str, Any] = known["setting"]
     return setting
+
+
+def settings() -> dict[str, Any]:
+    file = RESULTS / SETTINGS
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -78,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--search",
         choices=("cached", "always", "only"),
         default="cached",
-        help="the peer's fastest setting: found earlier, found anew, or found anew and nothing else",
+        help="the peer's fastest setting: found earlier; found anew; or only that, going on where an earlier search stopped",
     )
     parser.add_argument("--axes", nargs="+", help="search only along these axes (all of the work's)")
     parser.add_argument("--trial-steps", type=int, default=2, help="steps of each trial of the search, of which the last counts")

@@ -26,6 +26,7 @@ TRL = ROOT / ".trl"
 VLLM = ROOT / ".vllm" / "bin" / "python"
 
 Say = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], None]
 
 CHECKS: dict[str, list[tuple[str, str, float]]] = {
     "sft": [("loss/nll", "loss", 0.005)],
@@ -118,14 +119,22 @@ class Bench:
             worker.close()
             raise
 
-    def search(self, work: Work, axes: Sequence[str] | None = None, steps: int = 2) -> dict[str, Any]:
+    def search(
+        self,
+        work: Work,
+        axes: Sequence[str] | None = None,
+        steps: int = 2,
+        *,
+        trials: Sequence[dict[str, Any]] = (),
+        keep: Keep | None = None,
+    ) -> dict[str, Any]:
         """The peer's fastest setting, one axis after another from `work.start`.
 
         A trial is the last of `steps` steps (two: the first warms up); a first step half as slow again as the fastest's is not followed
-        by another. axes: only these.
+        by another. axes: only these. trials: those of an earlier search, not repeated. keep: called with what is known after every trial.
         """
         rows, _ = self.prepare(work, steps)
-        trials: list[dict[str, Any]] = []
+        trials = list(trials)
         anchor: dict[str, float] = {}
 
         def measure(setting: Setting) -> float:
@@ -139,8 +148,10 @@ class Bench:
                     known = {"setting": setting, "refused": f"not the same work: {wrong}"}
                 anchor.update(first or {} if not anchor else {})
                 trials.append(known)
+                if keep is not None:
+                    keep({"setting": min(trials, key=seconds_of)["setting"], "trials": trials})
                 self.say(f"  {work.peer} {brief(setting)}: {known.get('seconds', known.get('refused'))}")
-            return float(known.get("seconds", float("inf")))
+            return seconds_of(known)
 
         best = dict(work.start)
         for axis, values in work.axes:
@@ -295,6 +306,11 @@ def figures(work: Work, steps: list[list[Row]], ours: Timed, theirs: Timed, ceil
 def peak_of(reply: Reply) -> int:
     """The step's highest memory: of the GPU where there is one, else of the process."""
     return int(reply.get("gpu_peak_bytes", reply["peak_bytes"]))
+
+
+def seconds_of(trial: Mapping[str, Any]) -> float:
+    """What a trial took; one that was refused took for ever."""
+    return float(trial.get("seconds", float("inf")))
 
 
 def median_ratio(theirs: list[float], ours: list[float]) -> float:
