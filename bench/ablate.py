@@ -77,7 +77,7 @@ def head_everywhere() -> None:
         self.unused = states[~used]
         return states.index_select(0, layout.predictor), layout.targets
 
-    selected = language.token_logprobs
+    selected = vars(language)["token_logprobs"]
 
     def logprobs(states: Any, head: Any, targets: Any, **options: Any) -> Any:
         unused = holder[-1].unused
@@ -97,7 +97,7 @@ def head_everywhere() -> None:
 
     language.LanguageModel.predictors = predictors  # type: ignore[method-assign]
     language.LanguageModel.forward = forward_everywhere  # type: ignore[method-assign]
-    language.token_logprobs = logprobs
+    vars(language)["token_logprobs"] = logprobs
 
 
 def whole_logits() -> None:

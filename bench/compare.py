@@ -192,10 +192,12 @@ class Bench:
         return row | {"versions": versions(work), "machine": machine()}
 
     def _rounds(self, work: Work, file: Path, setting: Setting, n: int, gauge: Worker) -> tuple[Timed, Timed, list[Reply]]:
-        sides, replies, ceilings = {}, {}, []
+        sides: dict[str, Worker] = {}
+        replies: dict[str, Timed] = {}
+        ceilings: list[Reply] = []
         try:
-            for name, start in (("ours", lambda: self.ours(work, file)), ("peer", lambda: self.peer(work, file, setting))):
-                sides[name], ready = start()
+            for name in ("ours", "peer"):
+                sides[name], ready = self.ours(work, file) if name == "ours" else self.peer(work, file, setting)
                 replies[name] = Timed.of(ready, sides[name].ask("step"))
             wrong = unequal(work.kind, replies["ours"].first, replies["peer"].first)
             if wrong:
@@ -305,7 +307,7 @@ def figures(work: Work, steps: list[list[Row]], ours: Timed, theirs: Timed, ceil
 
 def peak_of(reply: Reply) -> int:
     """The step's highest memory: of the GPU where there is one, else of the process."""
-    return int(reply.get("gpu_peak_bytes", reply["peak_bytes"]))
+    return int(reply["gpu_peak_bytes"] if "gpu_peak_bytes" in reply else reply["peak_bytes"])
 
 
 def seconds_of(trial: Mapping[str, Any]) -> float:
@@ -326,7 +328,7 @@ def micro_tokens(work: Work, steps: list[list[Row]], setting: Setting) -> int | 
         sizes = [samples]
     else:
         sizes = [[len(row["prompt"]) + len(r) for row in step for r in row["responses"]] for step in steps]
-    per = setting["micro"] * (1 if work.generates else work.responses)
+    per: int = setting["micro"] * (1 if work.generates else work.responses)
     return max(max(lengths[i : i + per]) * per for lengths in sizes for i in range(0, len(lengths), per))
 
 

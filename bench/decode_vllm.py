@@ -15,7 +15,7 @@ class Side:
         bare = resident()
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, whose memory and time are measured
-        from vllm import LLM, SamplingParams
+        from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
         self.work, self.meter = Work(**work), Meter()
         self.steps, self.done = in_steps(read_rows(rows), self.work.rows), 0

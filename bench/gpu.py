@@ -45,7 +45,7 @@ def works(sizes: tuple[str, ...]) -> list[Work]:
 def small(work: Work) -> Work:
     """The same row for the self-check."""
     start = {**work.start, "micro": 2}
-    short = {"rows": 2, "prompt": (8, 16), "response": (4, 8), "model": "tiny", "start": start}
+    short: dict[str, Any] = {"rows": 2, "prompt": (8, 16), "response": (4, 8), "model": "tiny", "start": start}
     return replace(work, name=f"{work.kind}-check", **short, new=8 if work.generates else 0, responses=min(work.responses, 4))
 
 

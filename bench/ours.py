@@ -75,6 +75,7 @@ def preference(work: Work, steps: list[list[Row]], model: str, budget: int) -> S
     from trimtab.types import Comparison
 
     config = preference_config("dpo")(
+        output="unused",
         model=ModelConfig(path=model),
         data=DataConfig(path="rows"),
         fit=FitConfig(batch_size=work.rows, micro_batch_tokens=budget),

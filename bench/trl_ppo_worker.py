@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl.experimental.ppo import PPOConfig, PPOTrainer
+from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]
 
 from bench.data import Row, read_rows
 from bench.link import Channel, resident

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import (
+from trl import (  # type: ignore[import-not-found]
     DPOConfig,
     DPOTrainer,
     GRPOConfig,

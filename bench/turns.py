@@ -16,7 +16,7 @@ class Over(Exception):
     """The parent wants no more steps."""
 
 
-class Turns(TrainerCallback):
+class Turns(TrainerCallback):  # type: ignore[misc]
     """Answers "step" with what the step took and what the trainer logged (`logging_steps` must be 1)."""
 
     def __init__(self, channel: Channel) -> None:
