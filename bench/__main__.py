@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"{name} against {work.peer}")
         row = measured(work, options)
         if row is not None:
-            (options.output / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
+            keep(row, options.output)
             rows.append(row)
         say(f"  {time.perf_counter() - start:.0f} s")
     if rows:
@@ -46,7 +47,9 @@ def measured(work: Work, options: argparse.Namespace) -> dict[str, Any] | None:
         setting = setting_of(work, bench, options)
         if options.search == "only":
             return None
-        return bench.compare(work, setting, options.steps, options.defaults, memory=not options.quick)
+        return bench.compare(
+            work, setting, options.steps, options.defaults, memory=not options.quick, keep=partial(keep, folder=options.output)
+        )
     except (Missing, WorkerError) as error:
         say(f"  NOT MEASURED: {error}")
         return {"work": work.name, "peer": work.peer, "failed": str(error).strip().splitlines()[-1][:300]}
@@ -64,13 +67,17 @@ def setting_of(work: Work, bench: Bench, options: argparse.Namespace) -> dict[st
         say(f"  looking for the fastest setting of {work.peer}")
         trials = known["trials"] if known and options.search == "only" else ()
 
-        def keep(found: dict[str, Any]) -> None:
+        def keep_settings(found: dict[str, Any]) -> None:
             (RESULTS / SETTINGS).write_text(json.dumps({**settings(), work.name: found}, indent=1) + "\n")
 
-        known = bench.search(work, options.axes, options.trial_steps, trials=trials, keep=keep)
-        keep(known)
+        known = bench.search(work, options.axes, options.trial_steps, trials=trials, keep=keep_settings)
+        keep_settings(known)
     setting: dict[str, Any] = known["setting"]
     return setting
+
+
+def keep(row: dict[str, Any], folder: Path) -> None:
+    (folder / f"{row['work']}.json").write_text(json.dumps(row, indent=1) + "\n")
 
 
 def settings() -> dict[str, Any]:

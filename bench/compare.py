@@ -172,24 +172,28 @@ class Bench:
         except WorkerError as error:
             return {"refused": str(error)[-300:]}
 
-    def compare(self, work: Work, setting: Setting, n: int, defaults: int, *, memory: bool = True) -> dict[str, Any]:
+    def compare(
+        self, work: Work, setting: Setting, n: int, defaults: int, *, memory: bool = True, keep: Keep | None = None
+    ) -> dict[str, Any]:
         """The row: n rounds against the peer's best setting, `defaults` steps of its plain defaults, and memory at equal micro-batches
 
-        (without `memory`: that of the rounds).
+        (without `memory`: that of the rounds). keep: called with the row as far as it is known after the rounds.
         """
         file, steps = self.prepare(work, n + 1)
         with self.alone(), Worker("bench.ceilings", self.logs / "ceilings.log") as gauge:
             ours, theirs, ceilings = self._rounds(work, file, setting, n, gauge)
         row = figures(work, steps[1:], ours, theirs, ceilings)
         row |= {"peer_setting": setting, "first_step": {"ours": ours.first, "peer": theirs.first}}
+        row |= {"ratio_default": None, "memory_ratio": row["peak_ratio"], "versions": versions(work), "machine": machine()}
+        if keep is not None:
+            keep(row)
         if defaults:
             with self.alone():
                 row |= self._against_defaults(work, file, ours, setting, theirs, defaults)
-        row |= {"memory_ratio": row["peak_ratio"]}
         if memory:
             with self.alone():
                 row |= self._memory(work, file, steps, setting, theirs)
-        return row | {"versions": versions(work), "machine": machine()}
+        return row
 
     def _rounds(self, work: Work, file: Path, setting: Setting, n: int, gauge: Worker) -> tuple[Timed, Timed, list[Reply]]:
         sides: dict[str, Worker] = {}
