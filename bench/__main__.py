@@ -61,7 +61,7 @@ def setting_of(work: Work, bench: Bench, options: argparse.Namespace) -> dict[st
     A search goes on where an earlier one stopped, unless all is to be measured anew.
     """
     known = settings().get(work.name)
-    if known is None and (options.quick or options.model):
+    if options.search == "never" or (known is None and (options.quick or options.model)):
         return work.start
     if known is None or options.search in ("always", "only"):
         say(f"  looking for the fastest setting of {work.peer}")
@@ -94,9 +94,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="interleaved rounds (5; with --quick 2)")
     parser.add_argument(
         "--search",
-        choices=("cached", "always", "only"),
+        choices=("cached", "always", "only", "never"),
         default="cached",
-        help="the peer's fastest setting: found earlier; found anew; or only that, going on where an earlier search stopped",
+        help="the peer's setting: found earlier; found anew; only that, going on where a search stopped; or where a search would begin",
     )
     parser.add_argument("--axes", nargs="+", help="search only along these axes (all of the work's)")
     parser.add_argument("--trial-steps", type=int, default=2, help="steps of each trial of the search, of which the last counts")

@@ -17,18 +17,18 @@ from typing import Any
 
 from bench.compare import Bench, Timed, machine, peak_of, versions
 from bench.link import Worker
-from bench.works import WORKS, Setting, Work
+from bench.works import TUNED_ALLOCATOR, WORKS, Setting, Work
 
 
 @dataclass(frozen=True)
 class Switch:
-    """One factor. environment: of the worker without it; work: what changes in the work; patch: called in the worker before it loads."""
+    """One factor. environment: of the worker without it, where it is one; work: what changes in the work; patch: called in the worker before it loads."""
 
     what: str
     works: tuple[str, ...]
     patch: Callable[[], None] | None = None
     work: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] | None = None
 
 
 def repeat_prompts() -> None:
@@ -162,6 +162,7 @@ SWITCHES = {
     "logits in chunks": Switch("log-probabilities without a whole float32 array of logits", PAIRS, whole_logits),
     "attention by blocks": Switch("plain matrix products instead of SDPA with a mask", PAIRS, sdpa),
     "bfloat16": Switch("weights and products in bfloat16, masters in float32", BOTH, full_precision),
+    "memory is kept": Switch("the allocator keeps freed memory", PAIRS, environment={}),
     "reference once": Switch("the reference's log-probabilities are kept", ("dpo-precomputed",), work={"reference": True}),
 }
 """What it is when it is on, where it is measured, how it is taken away."""
@@ -185,7 +186,9 @@ def ablated(bench: Bench, name: str, work: Work, n: int) -> dict[str, Any]:
         sides: list[tuple[Worker, Timed]] = []
         try:
             for side, setting in (plain, without):
-                worker, ready = bench.ours(side, rows, setting, switch.environment if setting else None)
+                worker, ready = bench.ours(
+                    side, rows, setting, switch.environment if setting and switch.environment is not None else TUNED_ALLOCATOR
+                )
                 first = worker.ask("step")
                 sides.append((worker, Timed.of(ready, first)))
             for i in range(n):

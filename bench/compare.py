@@ -101,8 +101,9 @@ class Bench:
         return file, in_steps(write_rows(file, work, steps, config_of(work.model)["vocab_size"]), work.rows)
 
     def ours(
-        self, work: Work, rows: Path, setting: Setting | None = None, environment: Mapping[str, str] | None = None
+        self, work: Work, rows: Path, setting: Setting | None = None, environment: Mapping[str, str] = TUNED_ALLOCATOR
     ) -> tuple[Worker, Reply]:
+        """Our side. The allocator keeps what was freed, as the peer's fastest setting does (see `TUNED_ALLOCATOR`)."""
         worker = Worker("bench.ours", self.logs / f"{work.name}-ours.log", environment=environment)
         return worker, self._started(worker, work, rows, setting or {})
 

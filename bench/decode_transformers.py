@@ -14,7 +14,7 @@ class Side:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        bare = resident()
+        bare = resident()  # with the libraries, without a model
         self.work, self.method, self.torch, self.meter = Work(**work), setting["method"], torch, Meter()
         self.steps, self.done = in_steps(read_rows(rows), self.work.rows), 0
         device = "cuda" if torch.cuda.is_available() else "cpu"

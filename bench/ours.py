@@ -161,6 +161,9 @@ class Side:
 
     def prepare(self, work: dict[str, Any], rows: str, model: str, setting: dict[str, Any], scorer: str = "") -> Reply:
         """setting: {budget: packed tokens per micro-batch (null: the stage's default), without: [ablations]}."""
+        import trimtab.stages.policy
+        import trimtab.stages.preference  # noqa: F401
+
         bare = resident()
         self.work = Work(**work)
         if setting.get("without"):

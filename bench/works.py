@@ -11,7 +11,9 @@ Setting = dict[str, Any]
 TUNED_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 """glibc keeps freed memory instead of giving it back: 1.3 to 2.3 times faster for a trainer that frees gigabytes every step.
 
-Written out, because glibc reads "1e11" as 1.
+On a virtual machine that hands free pages to its host, memory given back while the other side has its turn must be fetched from the
+host again (2 to 4 GB/s instead of 20), so that taking turns would cost a side that gives it back up to twice its time.
+The number is written out, because glibc reads "1e11" as 1.
 """
 
 
