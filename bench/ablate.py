@@ -22,7 +22,10 @@ from bench.works import TUNED_ALLOCATOR, WORKS, Setting, Work
 
 @dataclass(frozen=True)
 class Switch:
-    """One factor. environment: of the worker without it, where it is one; work: what changes in the work; patch: called in the worker before it loads."""
+    """One factor.
+
+    environment: of the worker without it, where it is one; work: what changes in the work; patch: called in the worker before it loads.
+    """
 
     what: str
     works: tuple[str, ...]
