@@ -122,7 +122,7 @@ def test_unequal_work_is_named_and_equal_work_is_not() -> None:
     ours = {"logprob/chosen": -1000.0, "logprob/rejected": -900.0}
     assert not unequal("dpo", ours, {"logps/chosen": -1001.0, "logps/rejected": -899.0})
     assert "logps/rejected" in unequal("dpo", ours, {"logps/chosen": -1001.0, "logps/rejected": -880.0})
-    assert unequal("decode", {"response/tokens": 2048.0}, {"response/tokens": 2047.0})
+    assert unequal("decode", {"response/tokens": 2048.0}, {"response/tokens": 1900.0})
 
 
 def test_the_peers_largest_micro_batch_counts_its_padding() -> None:
