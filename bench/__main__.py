@@ -23,6 +23,10 @@ SETTINGS = "settings.json"
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.table:
+        files = [options.output / f"{name}.json" for name in options.work or WORKS]
+        print(table([json.loads(file.read_text()) for file in files if file.exists()]))
+        return 0
     rows = []
     works = QUICK if options.quick else WORKS
     for name in options.work or works:
@@ -90,6 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="three works, smaller steps, two rounds, under three minutes, results in build/bench/quick"
     )
+    parser.add_argument("--table", action="store_true", help="measure nothing: show the rows that were measured earlier")
     parser.add_argument("--work", nargs="+", choices=list(WORKS), help="which rows (all)")
     parser.add_argument("--steps", type=int, help="interleaved rounds (5; with --quick 2)")
     parser.add_argument(
