@@ -265,6 +265,10 @@ def environment_of(work: Work, setting: Setting) -> dict[str, Any]:
         if not VLLM.exists():
             raise Missing(f"{work.peer} is not in .vllm/: `make .vllm/.installed` makes that environment, which needs a package index")
         options["python"] = str(VLLM)
+        if setting["threads"] == "all":
+            cores = os.cpu_count() or 1
+            threads = {"OMP_NUM_THREADS": str(cores), "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}"}
+            options["environment"] = {**options["environment"], **threads}
     return options
 
 

@@ -1,4 +1,7 @@
-"""vLLM on the CPU, in an environment of its own (.vllm). A setting is {eager, allocator}."""
+"""vLLM on the CPU, in an environment of its own (.vllm). A setting is {eager, threads, allocator}.
+
+threads: all cores, or "auto", with which vLLM keeps some of them free for serving.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from bench.works import Work
 
 class Side:
     def prepare(self, work: dict[str, Any], rows: str, model: str, setting: dict[str, Any], scorer: str = "") -> Reply:
-        bare = resident()
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, whose memory and time are measured
         from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+
+        bare = resident()
 
         self.work, self.meter = Work(**work), Meter()
         self.steps, self.done = in_steps(read_rows(rows), self.work.rows), 0

@@ -151,9 +151,9 @@ WORKS = {
             prompt=(128, 128),
             response=(64, 64),
             promised=2.5,
-            default={"eager": False, "allocator": "default"},
-            start={"eager": True, "allocator": "default"},
-            axes=(("eager", (True, False)), ("allocator", ("default", "tuned"))),
+            default={"eager": False, "threads": "auto", "allocator": "default"},
+            start={"eager": False, "threads": "all", "allocator": "default"},
+            axes=(("eager", (True, False)), ("threads", ("all", "auto")), ("allocator", ("default", "tuned"))),
         ),
     )
 }
