@@ -1,4 +1,5 @@
-"""transformers' own generation: `generate` with a dynamic or static cache, or continuous batching. A setting is {method, allocator}."""
+"""transformers' own generation: `generate` with a dynamic or static cache, or continuous batching. A setting is {method, weights,
+allocator}."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class Side:
         self.work, self.method, self.torch, self.meter = Work(**work), setting["method"], torch, Meter()
         self.steps, self.done = in_steps(read_rows(rows), self.work.rows), 0
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, setting["weights"])).to(device).eval()
         limits: dict[str, Any] = {"max_new_tokens": self.work.new, "eos_token_id": EOS, "pad_token_id": PAD}
         if self.method == "static":
             limits["cache_implementation"] = "static"

@@ -137,9 +137,13 @@ WORKS = {
             prompt=(128, 128),
             response=(64, 64),
             promised=2.5,
-            default={"method": "dynamic", "allocator": "default"},
-            start={"method": "dynamic", "allocator": "tuned"},
-            axes=(("method", ("dynamic", "static", "continuous")), ("allocator", ("tuned", "default"))),
+            default={"method": "dynamic", "weights": "bfloat16", "allocator": "default"},
+            start={"method": "dynamic", "weights": "bfloat16", "allocator": "tuned"},
+            axes=(
+                ("method", ("dynamic", "static", "continuous")),
+                ("weights", ("bfloat16", "float32")),
+                ("allocator", ("tuned", "default")),
+            ),
         ),
         Work(
             "decode-vllm",
