@@ -1,5 +1,7 @@
-"""transformers' own generation: `generate` with a dynamic or static cache, or continuous batching. A setting is {method, weights,
-allocator}."""
+"""transformers' own generation: `generate` with a dynamic or static cache, or continuous batching.
+
+A setting is {method, weights, allocator}.
+"""
 
 from __future__ import annotations
 
