@@ -133,15 +133,12 @@ def mask_of(layout: Any) -> Any:
 
     n = len(layout.input_ids)
     seen = torch.zeros(n, n, dtype=torch.bool)
-    for block in layout.blocks:
-        real = torch.zeros(block.response_rows.numel(), dtype=torch.bool)
-        real[block.response_cells[0]] = True
-        real = real.view(block.response_rows.shape)
-        for g, length in enumerate(block.prompt_lengths.tolist()):
-            prompt = block.prompt_rows[g, :length]
-            seen[prompt[:, None], prompt] = torch.ones(length, length, dtype=torch.bool).tril()
-            for rows, kept in zip(block.response_rows[g], real[g], strict=True):
-                own = rows[kept]
+    for block in layout.plan.blocks:
+        for g, places in enumerate(block.prompts):
+            prompt = places[places >= 0]
+            seen[prompt[:, None], prompt] = torch.ones(len(prompt), len(prompt), dtype=torch.bool).tril()
+            for rows in (rows for part in block.parts for rows in part[g]):
+                own = rows[rows >= 0]
                 seen[own[:, None], prompt] = True
                 seen[own[:, None], own] = torch.ones(len(own), len(own), dtype=torch.bool).tril()
     return seen
