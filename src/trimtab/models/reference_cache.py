@@ -27,7 +27,7 @@ from trimtab.models.default import cache_folder
 from trimtab.models.loading import save_atomically
 from trimtab.types import Group
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the forward pass changes what it computes, so that older entries are not read."""
 
 COLUMN, MANIFEST = "logprobs.safetensors", "manifest.json"
