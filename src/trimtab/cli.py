@@ -72,7 +72,7 @@ COMMANDS = {
         "merge a LoRA adapter into its base model", "trimtab.models.merge:MergeConfig", "trimtab.models.merge:merge", "action"
     ),
     "demo": Command(
-        "the whole story on a small model, in about ten minutes", "trimtab.demo.story:DemoConfig", "trimtab.demo.story:demo", "action"
+        "the whole story on a small model, in about seven minutes", "trimtab.demo.story:DemoConfig", "trimtab.demo.story:demo", "action"
     ),
 }
 TOOLS = {

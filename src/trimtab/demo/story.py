@@ -48,7 +48,7 @@ HELD_OUT = 120
 
 
 class DemoConfig(Config):
-    """The settings of `trimtab demo`. The defaults are made for two CPU cores and ten minutes."""
+    """The settings of `trimtab demo`. The defaults are made for two CPU cores and seven minutes."""
 
     output: str = Field("runs/demo", description="the folder to write; an earlier demo there is replaced")
     seed: int = Field(0, ge=0, description="decides every random draw; another seed repeats the experiment")
