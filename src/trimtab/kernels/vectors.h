@@ -1,0 +1,140 @@
+// Vectors of 16 lanes, and small matrix products of bfloat16 that are summed in float32. Needs AVX-512 with BF16.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+using bf16 = uint16_t;
+constexpr int LANES = 16;
+
+inline int round_up(int n, int m) { return (n + m - 1) / m * m; }
+
+inline __mmask16 first_lanes(int n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+
+inline __m512 to_float(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline __m512 load(const bf16* x) { return to_float(_mm256_loadu_si256((const __m256i*)x)); }
+inline __m512 load(const bf16* x, __mmask16 lanes) { return to_float(_mm256_maskz_loadu_epi16(lanes, x)); }
+inline __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+inline void store(bf16* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, to_bf16(x)); }
+inline void store(bf16* to, __m512 x, __mmask16 lanes) { _mm256_mask_storeu_epi16(to, lanes, to_bf16(x)); }
+
+// Two rows as pairs: the lower half of every lane from `even`, the upper from `odd`.
+inline __m512i interleave(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
+// e^x to about 2 units in the last place of float32; 0 below -87.
+inline __m512 exponential(__m512 x) {
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 720);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ), p, n);
+}
+
+inline __m512 hyperbolic_tangent(__m512 x) {
+    const __m512 bound = _mm512_set1_ps(15.0f), one = _mm512_set1_ps(1.0f);
+    const __m512 e = exponential(_mm512_mul_ps(_mm512_set1_ps(2.0f), _mm512_max_ps(_mm512_min_ps(x, bound), _mm512_sub_ps(_mm512_setzero_ps(), bound))));
+    return _mm512_div_ps(_mm512_sub_ps(e, one), _mm512_add_ps(e, one));
+}
+
+// Memory that a thread keeps for its next task, aligned to a cache line.
+class Scratch {
+  public:
+    ~Scratch() { std::free(memory_); }
+    template <typename T> T* take(size_t count) { return (T*)take_bytes(count * sizeof(T)); }
+    // Forget what was taken, and have room for `bytes` (rounding up included in `padded`).
+    void begin(size_t bytes) {
+        used_ = 0;
+        if (bytes <= size_) return;
+        std::free(memory_);
+        size_ = (bytes + 63) / 64 * 64;
+        memory_ = (char*)std::aligned_alloc(64, size_);
+        if (memory_ == nullptr) throw std::bad_alloc();
+    }
+    template <typename T> static size_t padded(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
+
+  private:
+    void* take_bytes(size_t bytes) {
+        void* here = memory_ + used_;
+        used_ += (bytes + 63) / 64 * 64;
+        return here;
+    }
+    char* memory_ = nullptr;
+    size_t size_ = 0, used_ = 0;
+};
+
+template <int ROWS, int COLUMNS>
+inline void product_block(int pairs, const bf16* a, long lda, const uint32_t* b, long ldb, float* c, long ldc, bool add) {
+    __m512 sum[ROWS][COLUMNS];
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < COLUMNS; j++) sum[i][j] = add ? _mm512_loadu_ps(c + i * ldc + LANES * j) : _mm512_setzero_ps();
+    for (int k = 0; k < pairs; k++) {
+        __m512bh right[COLUMNS];
+        for (int j = 0; j < COLUMNS; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + k * ldb + LANES * j);
+        for (int i = 0; i < ROWS; i++) {
+            int32_t pair;
+            std::memcpy(&pair, a + i * lda + 2 * k, sizeof pair);
+            const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+            for (int j = 0; j < COLUMNS; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+        }
+    }
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < COLUMNS; j++) _mm512_storeu_ps(c + i * ldc + LANES * j, sum[i][j]);
+}
+
+template <int COLUMNS>
+inline void product_columns(int m, int pairs, const bf16* a, long lda, const uint32_t* b, long ldb, float* c, long ldc, bool add) {
+    for (; m >= 6; m -= 6, a += 6 * lda, c += 6 * ldc) product_block<6, COLUMNS>(pairs, a, lda, b, ldb, c, ldc, add);
+    if (m >= 4) {
+        product_block<4, COLUMNS>(pairs, a, lda, b, ldb, c, ldc, add);
+        m -= 4, a += 4 * lda, c += 4 * ldc;
+    }
+    if (m >= 2) {
+        product_block<2, COLUMNS>(pairs, a, lda, b, ldb, c, ldc, add);
+        m -= 2, a += 2 * lda, c += 2 * ldc;
+    }
+    if (m) product_block<1, COLUMNS>(pairs, a, lda, b, ldb, c, ldc, add);
+}
+
+// c [m, n] (+)= a [m, 2 pairs] b [2 pairs, n]; the rows of b lie in pairs, one 32-bit lane a column; n is a multiple of 16.
+inline void product(int m, int n, int pairs, const bf16* a, long lda, const uint32_t* b, long ldb, float* c, long ldc, bool add) {
+    for (; n >= 64; n -= 64, b += 64, c += 64) product_columns<4>(m, pairs, a, lda, b, ldb, c, ldc, add);
+    if (n >= 48) return product_columns<3>(m, pairs, a, lda, b, ldb, c, ldc, add);
+    if (n >= 32) return product_columns<2>(m, pairs, a, lda, b, ldb, c, ldc, add);
+    if (n >= 16) return product_columns<1>(m, pairs, a, lda, b, ldb, c, ldc, add);
+}
+
+// Rows [count, dim] as the right side x^T: [dim / 2, width], a pair of neighbours of one row in every lane. Beyond `count`: zeros.
+inline void pack_transposed(const bf16* x, long stride, int count, int dim, int width, uint32_t* to) {
+    const __m512i step = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32((int)stride));
+    for (int row = 0; row < width; row += LANES) {
+        const __mmask16 real = first_lanes(count - row);
+        for (int pair = 0; pair < dim / 2; pair++) {
+            const bf16* base = x + row * stride + 2 * pair;
+            const __m512i got = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), real, step, base, 2);
+            _mm512_storeu_si512(to + (long)pair * width + row, got);
+        }
+    }
+}
+
+// Rows [count, dim] as the right side x: [width / 2, dim], rows 2 i and 2 i + 1 in every lane. Beyond `count`: zeros.
+inline void pack_rows(const bf16* x, long stride, int count, int dim, int width, uint32_t* to) {
+    for (int row = 0; row < width; row += 2)
+        for (int d = 0; d < dim; d += LANES) {
+            const bf16* base = x + row * stride + d;
+            const __m256i even = row < count ? _mm256_loadu_si256((const __m256i*)base) : _mm256_setzero_si256();
+            const __m256i odd = row + 1 < count ? _mm256_loadu_si256((const __m256i*)(base + stride)) : _mm256_setzero_si256();
+            _mm512_storeu_si512(to + (long)row / 2 * dim + d, interleave(even, odd));
+        }
+}
