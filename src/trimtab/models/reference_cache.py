@@ -1,8 +1,9 @@
 """Log-probabilities of a frozen reference, computed once and kept on disk: another seed, loss or run then reads them.
 
 An entry is a folder named by a hash of all that decides its numbers: the reference's weights and architecture, the token ids of every
-group in their order, the packed tokens per forward pass (rounding depends on the company a group is computed in), the kind of device
-the version of torch and whether kernels are compiled. So a run gives the same result, bit for bit, whether its reference was read or computed.
+group in their order, the packed tokens per forward pass (rounding depends on the company a group is computed in), the kind of device,
+the version of torch and whether kernels are compiled. So a run gives the same result, bit for bit, whether its reference was read or
+computed.
 """
 
 from __future__ import annotations
