@@ -62,7 +62,7 @@ def test_layout_in_several_blocks_changes_nothing(architecture: str, monkeypatch
     model = language_model(architecture)
     groups = random_groups([1, 4, 2, 3, 1, 2], seed=3)
     together = model.forward(Batch(groups)).logprobs
-    monkeypatch.setattr(packed, "_alike", lambda spans: [[span] for span in spans])
+    monkeypatch.setattr(blocks, "_alike", lambda spans: [[span] for span in spans])
     apart = model.forward(Batch(groups)).logprobs
     assert (together - apart).abs().max() < 1e-12
 

@@ -45,6 +45,13 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def loaded() -> ctypes.CDLL:
+    """The compiled kernels, where `serves` has said that there are some."""
+    found = library()
+    assert found is not None
+    return found
+
+
 def serves(x: Tensor) -> bool:
     """Whether there are kernels for tensors like this one."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and library() is not None
@@ -52,6 +59,11 @@ def serves(x: Tensor) -> bool:
 
 def address(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def by_token(x: Tensor) -> Tensor:
+    """[n, heads, dim] with the heads of a token side by side."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def checked(failed: int) -> None:

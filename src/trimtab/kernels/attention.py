@@ -77,11 +77,11 @@ def attention(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *settings: float) -> Tensor:
-        q, k, v = (_by_token(x) for x in (query, key, value))
+        q, k, v = (kernels.by_token(x) for x in (query, key, value))
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[1], q.shape[0])
         problem = _problem(q, k, v, sequences, settings)
-        kernels.checked(_library().attention_forward(ctypes.byref(problem), kernels.address(out), kernels.address(lse)))
+        kernels.checked(kernels.loaded().attention_forward(ctypes.byref(problem), kernels.address(out), kernels.address(lse)))
         ctx.save_for_backward(q, k, v, lse)
         ctx.sequences, ctx.settings = sequences, settings
         return out
@@ -89,17 +89,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         q, k, v, lse = ctx.saved_tensors
-        grad = _by_token(grads[0])
+        grad = kernels.by_token(grads[0])
         found = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
         problem = _problem(q, k, v, ctx.sequences, ctx.settings)
         stride, places = ctypes.c_long(grad.stride(0)), [kernels.address(x) for x in (lse, *found)]
-        kernels.checked(_library().attention_backward(ctypes.byref(problem), kernels.address(grad), stride, *places))
+        kernels.checked(kernels.loaded().attention_backward(ctypes.byref(problem), kernels.address(grad), stride, *places))
         return (*found, None, None, None, None)
-
-
-def _by_token(x: Tensor) -> Tensor:
-    """With the heads of a token side by side."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, s: Sequences, settings: Sequence[float]) -> _Problem:
@@ -107,9 +102,3 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, s: Sequences, settings: Sequence[f
     sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], len(s.first) - 1)
     arrays = (kernels.address(x) for x in (s.first, s.starts, s.lengths))
     return _Problem(*(x.data_ptr() for x in (q, k, v)), *(x.stride(0) for x in (q, k, v)), *sizes, *arrays, scale, softcap, int(window))
-
-
-def _library() -> ctypes.CDLL:
-    found = kernels.library()
-    assert found is not None
-    return found

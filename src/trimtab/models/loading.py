@@ -22,6 +22,7 @@ from trimtab.data.templates import Mode, Template
 from trimtab.errors import ConfigError, ModelError, RunError
 from trimtab.models import packed
 from trimtab.models.allocator import keep_freed_memory
+from trimtab.models.fused import take_kernels
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +154,7 @@ def load_model(auto_class: Any, config: ModelConfig, **options: Any) -> Any:
         model = PeftModel.from_pretrained(model, path).merge_and_unload()
     _switch_off_dropout(model)
     model = model.to(device).eval()
+    take_kernels(model)
     if config.checkpointing:
         checkpoint_layers(model)
     return model
