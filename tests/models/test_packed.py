@@ -11,7 +11,7 @@ import tiny
 from trimtab.batch import Batch
 from trimtab.data.templates import Template
 from trimtab.maths import logprobs as logprobs_module
-from trimtab.models import loading, packed
+from trimtab.models import blocks, loading, packed
 from trimtab.models.language import LanguageModel, plain_logprobs
 from trimtab.types import Group, Prompt, Response
 

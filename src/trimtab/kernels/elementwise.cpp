@@ -19,7 +19,7 @@ template <typename F> void each_block(int rows, F f) {
 
 inline __m512 sigmoid(__m512 x) {
     const __m512 one = _mm512_set1_ps(1);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_max_ps(x, _mm512_set1_ps(-80))))));
+    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_max_ps(x, _mm512_set1_ps(-100))))));
 }
 
 }  // namespace

@@ -1,0 +1,193 @@
+"""The compiled kernels compute what plain torch computes, nearer to the exact result, and the same for any number of threads."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+from trimtab import kernels
+from trimtab.batch import Batch
+from trimtab.kernels import elementwise
+from trimtab.models import attention as blocks
+from trimtab.models import fused
+from trimtab.models.attention import AttentionSettings, Plan
+from trimtab.models.packed import Layout
+from trimtab.types import Group, Prompt, Response
+
+there = pytest.mark.skipif(kernels.library() is None, reason="no kernels here: they need AVX-512 with BF16, and a C++ compiler")
+
+SIZES = {
+    "pairs": [(70, (5, 90)), (3, (2, 2)), (11, (1, 300))],
+    "a group": [(60, (4, 9, 1, 9, 3, 80, 2, 60))],
+    "ragged": [(1, (3,)), (40, (2, 1)), (2, (50, 1, 1)), (5, ()), (17, (33,))],
+    "long": [(1100, (40,)), (2100, (16, 1))],
+}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+def layout_of(sizes: Sequence[tuple[int, Sequence[int]]]) -> Layout:
+    groups = [Group(Prompt((1,) * p, ""), tuple(Response((1,) * n, "") for n in answers)) for p, answers in sizes]
+    return Layout.of(groups, keep_last=True)
+
+
+def values_and_gradients(compute: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+    out = compute(*leaves)
+    out.backward(draw(*out.shape, seed=9).to(dtype))
+    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def error(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right).norm() / right.norm())
+
+
+@there
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_attention_is_nearer_to_the_exact_one_than_torch(sizes: str, window: int | None, softcap: float | None) -> None:
+    plan, settings = layout_of(SIZES[sizes]).plan, AttentionSettings(0.2, window, softcap)
+    inputs = [draw(plan.tokens, heads, 32, seed=i) for i, heads in enumerate((6, 2, 2))]
+
+    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        fresh = Plan(plan.spans, plan.tokens)
+        return blocks._Attention.apply(q, k, v, fresh, settings)  # type: ignore[no-any-return, no-untyped-call]
+
+    ours = values_and_gradients(lambda q, k, v: blocks.attention(q, k, v, plan, settings), inputs, torch.bfloat16)
+    theirs = values_and_gradients(torchs, inputs, torch.bfloat16)
+    right = values_and_gradients(torchs, inputs, torch.float64)
+    for found, other, exact in zip(ours, theirs, right, strict=True):
+        assert error(found, exact) < min(4e-3, 1.01 * error(other, exact))
+
+
+@there
+def test_attention_depends_neither_on_threads_nor_on_company() -> None:
+    sizes = [(30, (20, 45)), (8, (5,)), (90, (7, 7, 7))]
+    settings, threads = AttentionSettings(0.2, None, None), torch.get_num_threads()
+    plan = layout_of(sizes).plan
+    inputs = [draw(plan.tokens, heads, 64, seed=i) for i, heads in enumerate((4, 2, 2))]
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(values_and_gradients(lambda *x: blocks.attention(*x, plan, settings), inputs, torch.bfloat16))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    alone = layout_of(sizes[:1]).plan
+    out = blocks.attention(*(x[: alone.tokens] for x in inputs), alone, settings)
+    assert torch.equal(out, found[0][0][: alone.tokens])
+
+
+def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+    exact = x.float() if x.dtype == torch.bfloat16 else x
+    return weight * (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+def plain_rotation(x: Tensor) -> Tensor:
+    cos, sin = (table.to(x.dtype)[:, None] for table in tables(len(x)))
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def tables(n: int) -> tuple[Tensor, Tensor]:
+    angle = torch.rand(n, 32, generator=torch.Generator().manual_seed(3)) * 6
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos().to(torch.bfloat16), angle.sin().to(torch.bfloat16)
+
+
+ELEMENTWISE: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]] = {
+    "norm": (lambda x, w: elementwise.rms_norm(x, w, 1e-5), plain_norm, [draw(100, 48), 1 + draw(48, seed=1) / 4]),
+    "gate": (elementwise.swiglu, lambda g, u: nn.functional.silu(g) * u, [4 * draw(77, 32), draw(77, 32, seed=1)]),
+    "rotation": (lambda x: elementwise.rotate(x, *tables(len(x))), plain_rotation, [draw(55, 3, 64)]),
+}
+
+
+@there
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_is_nearer_to_the_exact_one_than_torch(name: str) -> None:
+    ours, torchs, inputs = ELEMENTWISE[name]
+    right = values_and_gradients(torchs, inputs, torch.float64)
+    for found, other, exact in zip(
+        values_and_gradients(ours, inputs, torch.bfloat16), values_and_gradients(torchs, inputs, torch.bfloat16), right, strict=True
+    ):
+        assert error(found, exact) < min(3e-3, error(other, exact))
+
+
+@there
+def test_gate_of_extreme_numbers_is_finite() -> None:
+    gate = torch.tensor([[-3e38, -200.0, -90.0, 0.0, 90.0, 200.0, 3e38, 1.0] * 2]).to(torch.bfloat16).requires_grad_()
+    out = elementwise.swiglu(gate, torch.ones_like(gate))
+    out.sum().backward()
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(gate.grad).all()
+    assert float(out.detach()[0, :4].abs().max()) < 1e-30
+    assert torch.equal(out[0, 4:7], gate[0, 4:7])
+
+
+@there
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_a_copied_model_takes_its_own_weights(architecture: str) -> None:
+    model = tiny.model(architecture, torch.bfloat16)
+    fused.take_kernels(model)
+    replaced = [module for module in model.modules() if "forward" in vars(module)]
+    assert len(replaced) == {"llama": 9, "qwen3": 13, "gemma3": 0}[architecture]  # Gemma's norm multiplies by 1 + w, its gate is another
+    for module in copy.deepcopy(model).modules():
+        if "forward" in vars(module):
+            assert module.forward.__self__ is module
+
+
+@there
+def test_adapters_train_through_the_kernels() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from trimtab.data.templates import Template
+    from trimtab.models.language import LanguageModel
+
+    base = tiny.model("llama", torch.bfloat16, head_dim=32)
+    fused.take_kernels(base)
+    model = LanguageModel(
+        get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")), Template.of(tiny.tokenizer())
+    )
+    model.forward(Batch((Group(Prompt((1, 2), ""), (Response((3, 4, 0), ""),)),))).logprobs.sum().backward()
+    grads = [p.grad for name, p in model.model.named_parameters() if "lora_B" in name]
+    assert len(grads) == 14
+    assert all(grad is not None and bool(grad.any()) for grad in grads)
+
+
+def test_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_KERNELS", "off")
+    assert kernels.library.__wrapped__() is None
+
+
+@there
+def test_a_compiler_that_fails_is_named_and_done_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    with caplog.at_level(logging.WARNING):
+        assert kernels.library.__wrapped__() is None
+    assert "could not be compiled" in caplog.text
+
+
+@there
+def test_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    compiler = kernels._compiler()
+    assert compiler is not None
+    first = kernels._compiled(compiler, kernels._processor())
+    written = first.stat().st_mtime_ns
+    assert kernels._compiled(compiler, kernels._processor()) == first
+    assert first.stat().st_mtime_ns == written
+    assert [file.name for file in first.parent.iterdir()] == [first.name]
