@@ -46,6 +46,10 @@ vocabulary) and, loosely, their entropy.
 """
 
 
+WARM_UP = 2
+"""Steps of each side before any time counts: the first takes its memory from the system page by page, the second what it lacks."""
+
+
 class Missing(RuntimeError):
     """A peer that is not installed; the message says how to get it."""
 
@@ -180,10 +184,10 @@ class Bench:
 
         (without `memory`: that of the rounds). keep: called with the row as far as it is known after the rounds.
         """
-        file, steps = self.prepare(work, n + 1)
+        file, steps = self.prepare(work, WARM_UP + n)
         with self.alone(), Worker("bench.ceilings", self.logs / "ceilings.log") as gauge:
             ours, theirs, ceilings = self._rounds(work, file, setting, n, gauge)
-        row = figures(work, steps[1:], ours, theirs, ceilings)
+        row = figures(work, steps[WARM_UP:], ours, theirs, ceilings)
         row |= {"peer_setting": setting, "first_step": {"ours": ours.first, "peer": theirs.first}}
         row |= {"ratio_default": None, "memory_ratio": row["peak_ratio"], "versions": versions(work), "machine": machine()}
         if keep is not None:
@@ -207,6 +211,9 @@ class Bench:
             wrong = unequal(work.kind, replies["ours"].first, replies["peer"].first)
             if wrong:
                 raise WorkerError(f"the two sides do not do the same work: {wrong}")
+            for name in ("ours", "peer"):
+                for _ in range(WARM_UP - 1):
+                    sides[name].ask("step")
             for i in range(n):
                 for name in ("ours", "peer") if i % 2 == 0 else ("peer", "ours"):
                     reply, timed = sides[name].ask("step"), replies[name]
@@ -226,8 +233,7 @@ class Bench:
         try:
             worker, _ = self.peer(work, file, work.default)
             with worker:
-                worker.ask("step")
-                replies = [worker.ask("step") for _ in range(n)]
+                replies = [worker.ask("step") for _ in range(WARM_UP + n)][WARM_UP:]
         except WorkerError as error:
             return {"ratio_default": None, "default_refused": str(error)[-300:]}
         seconds = [reply["seconds"] for reply in replies]

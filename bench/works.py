@@ -61,10 +61,10 @@ TRL_AXES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("allocator", ("tuned", "default")),
     ("checkpointing", (False, True)),
     ("sorted", (False, True)),
-    ("weights", ("float32", "bfloat16")),
 )
-"""micro: pairs (rows, responses) per forward pass; sorted: rows of a step in order of length, so that less is padded; weights:
-float32 under autocast, as TRL loads them, or plain bfloat16 (a tuner would try it; small updates are then lost to rounding)."""
+"""micro: pairs (rows, responses) per forward pass; sorted: rows of a step in order of length, so that less is padded.
+
+Weights stay float32 under autocast, as TRL loads them: plain bfloat16 weights, which lose small updates, are not the same work."""
 
 TRL_DEFAULT: Setting = {"micro": 8, "allocator": "default", "checkpointing": True, "sorted": False, "weights": "float32"}
 
@@ -78,7 +78,7 @@ _ROLLOUT: dict[str, Any] = {
     "response": (64, 64),
     "default": {**TRL_DEFAULT, "cache": None},
     "start": {**TRL_START, "micro": 4, "cache": None},
-    "axes": (("micro", (2, 4, 8, 16)), *TRL_AXES[1:3], TRL_AXES[4], ("cache", (None, "static"))),
+    "axes": (("micro", (2, 4, 8, 16)), *TRL_AXES[1:3], ("cache", (None, "static"))),
 }
 
 WORKS = {
@@ -124,7 +124,6 @@ WORKS = {
                 ("micro", (2, 4, 8)),
                 ("allocator", ("tuned", "default")),
                 ("frozen", ("bfloat16", "float32")),
-                ("weights", ("float32", "bfloat16")),
             ),
         ),
         Work(

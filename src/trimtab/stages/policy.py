@@ -62,7 +62,7 @@ class PolicyConfig(StageConfig):
     steps: int = Field(100, gt=0, description="rollout batches")
     prompts_per_step: int = Field(8, gt=0, description="prompts per rollout batch")
     responses_per_prompt: int = Field(4, gt=0, description="responses sampled for each prompt; they share its encoding")
-    micro_batch_tokens: int = Field(4096, gt=0, description="packed tokens per forward and backward pass: lower needs less memory")
+    micro_batch_tokens: int = Field(2048, gt=0, description="packed tokens per forward and backward pass: lower needs less memory")
     save_every: int | None = Field(None, gt=0, description="steps between checkpoints (one is always saved at the end)")
     overlap: bool = Field(
         False,

@@ -56,7 +56,7 @@ class RejectionConfig(StageConfig):
     threshold: float | None = Field(None, description="keep none that scores less; a prompt without any is left out of the round")
     epochs: float = Field(1.0, gt=0, description="passes over what a round has kept")
     batch_size: int = Field(16, gt=0, description="prompts per optimiser step")
-    micro_batch_tokens: int = Field(4096, gt=0, description="packed tokens per forward and backward pass: lower needs less memory")
+    micro_batch_tokens: int = Field(2048, gt=0, description="packed tokens per forward and backward pass: lower needs less memory")
     optim: OptimConfig = Field(
         default_factory=lambda: OptimConfig(lr=1e-5, schedule="constant"), description="its schedule begins anew every round"
     )

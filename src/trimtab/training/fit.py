@@ -22,7 +22,7 @@ class FitConfig(Config):
     batch_size: int = Field(16, gt=0, description="groups (prompts with their responses) per optimiser step")
     epochs: float = Field(1.0, gt=0, description="passes over the data, unless steps is set")
     steps: int | None = Field(None, gt=0, description="optimiser steps; overrides epochs")
-    micro_batch_tokens: int = Field(4096, gt=0, description="packed tokens per forward and backward pass: lower needs less memory")
+    micro_batch_tokens: int = Field(2048, gt=0, description="packed tokens per forward and backward pass: lower needs less memory")
     eval_every: int | None = Field(None, gt=0, description="steps between evaluations on the held-out part (it is always done at the end)")
     save_every: int | None = Field(None, gt=0, description="steps between checkpoints (one is always saved at the end)")
 
