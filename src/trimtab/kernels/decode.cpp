@@ -389,7 +389,8 @@ void draw(const Logits& logits, double uniform, std::vector<double>& sums, int64
         sums[b] = total += _mm512_reduce_add_ps(sum);
     }
     const double target = uniform * total;
-    const int b = (int)std::min<long>(std::upper_bound(sums.begin(), sums.begin() + blocks, target) - sums.begin(), blocks - 1);
+    const auto end = sums.begin() + blocks;  // rounding may reach the total: beyond it nothing has weight
+    const int b = (int)(std::min(std::upper_bound(sums.begin(), end, target), std::lower_bound(sums.begin(), end, total)) - sums.begin());
     float weights[BLOCK];
     const int inside = std::min(BLOCK, logits.count - b * BLOCK);
     for (int c = 0; c < inside; c += LANES) _mm512_storeu_ps(weights + c, exponential(_mm512_sub_ps(logits.at(b * BLOCK + c), highest)));
