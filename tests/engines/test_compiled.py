@@ -31,7 +31,6 @@ STEPS = 40
 RESPONSES = torch.randint(1, tiny.VOCABULARY, (len(ANSWERS), STEPS), generator=torch.Generator().manual_seed(3))
 
 
-
 @pytest.fixture(autouse=True)
 def threads_as_they_were() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -113,11 +112,12 @@ def test_adapters_are_left_to_plain_operations() -> None:
     assert choose(LanguageModel(made, Template.of(tiny.tokenizer()))) is Decoder
 
 
-@pytest.mark.parametrize("max_tokens", [40, 70])
-def test_logprobs_of_a_batch_that_comes_and_goes_are_those_of_transformers(max_tokens: int) -> None:
+@pytest.mark.parametrize(("max_tokens", "reuse"), [(40, False), (70, False), (70, True)])
+def test_logprobs_of_a_batch_that_comes_and_goes_are_those_of_transformers(max_tokens: int, reuse: bool) -> None:
     model, exact = language("llama"), language("llama", torch.float32)
-    engine = LocalEngine(model, SamplingConfig(max_tokens=max_tokens), EngineConfig(rows=5))
-    groups = engine.generate([*PROMPTS, *PROMPTS], 4, seed=1)
+    engine = LocalEngine(model, SamplingConfig(max_tokens=max_tokens), EngineConfig(rows=5, reuse=reuse))
+    for _ in range(1 + reuse):  # the second time from drafts
+        groups = engine.generate([*PROMPTS, *PROMPTS], 4, seed=1)
     assert isinstance(engine.stepper(), CompiledDecoder)
     pairs = [(group.prompt.tokens, r) for group in groups for r in group.responses]
     assert len({len(r.tokens) for _, r in pairs}) > 5

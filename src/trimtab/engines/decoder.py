@@ -126,10 +126,11 @@ def _compiled(layer: Any) -> decode.Layer:
     if not torch.equal(mlp.act_fn(probe), nn.functional.silu(probe)):
         raise Unknown(f"the activation {type(mlp.act_fn).__name__}")
     query, key, value = (_linear(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    biases = [p.bias for p in (query, key, value) if p.bias is not None]
+    biases = [p.bias.detach() for p in (query, key, value) if p.bias is not None]
     if len(biases) not in (0, 3):
         raise Unknown("biases in some of the projections of one input")
-    qkv = decode.Matrix([torch.cat([p.weight for p in (query, key, value)])], [torch.cat(biases) if biases else None])
+    mixed = torch.cat([p.weight.detach() for p in (query, key, value)])
+    qkv = decode.Matrix([mixed], [torch.cat(biases) if biases else None])
     out, gate, up, down = (_linear(p) for p in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     return decode.Layer(
