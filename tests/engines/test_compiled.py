@@ -107,6 +107,15 @@ def test_models_it_cannot_compute_are_left_to_plain_operations(changes: dict[str
     assert choose(model) is Decoder
 
 
+def test_layers_of_different_sizes_are_left_to_plain_operations() -> None:
+    model = language("llama")
+    mlp = model.plain.model.layers[1].mlp
+    for name in ("gate_proj", "up_proj"):
+        setattr(mlp, name, torch.nn.Linear(64, 32, bias=False, dtype=torch.bfloat16))
+    mlp.down_proj = torch.nn.Linear(32, 64, bias=False, dtype=torch.bfloat16)
+    assert choose(model) is Decoder
+
+
 def test_adapters_are_left_to_plain_operations() -> None:
     made = loading.add_adapter(language("llama").model, LoraConfig(rank=3), "CAUSAL_LM")
     assert choose(LanguageModel(made, Template.of(tiny.tokenizer()))) is Decoder

@@ -99,10 +99,14 @@ class CompiledDecoder:
         attention, mlp = _parts(trunk.layers[0])
         dim, inner = attention.head_dim, mlp.gate_proj.out_features
         heads, kv = (p.out_features // dim for p in (attention.q_proj, attention.k_proj))
-        if not decode.shapes_fit(attention.q_proj.in_features, heads, kv, dim, inner):
+        width: int = attention.q_proj.in_features
+        turned, _ = trunk.rotary_emb(head.weight[None, :1], torch.zeros(1, 1, dtype=torch.long))
+        if not decode.shapes_fit(width, heads, kv, dim, inner) or turned.shape[-1] != dim:
             raise Unknown("a trunk of sizes that the kernel does not know")
         self.embedding, self.rotary = trunk.embed_tokens, trunk.rotary_emb
         layers = [_compiled(layer) for layer in trunk.layers]
+        if {layer.sizes() for layer in layers} != {(width, (heads + 2 * kv) * dim, heads * dim, width, width, inner, width)}:
+            raise Unknown("layers of different sizes")
         self.trunk = decode.Trunk(layers, _Norm(trunk.norm).setting, heads, kv, dim, inner)
         self.head = decode.Matrix([head.weight], [head.bias])
 

@@ -102,6 +102,11 @@ class Layer:
     query_norm: Norm | None
     key_norm: Norm | None
 
+    def sizes(self) -> tuple[int, ...]:
+        """Inputs and outputs of qkv and of out, inputs of gate and up, inputs and outputs of down."""
+        gate_up, down = self.gate_up, self.down
+        return (self.qkv.inputs, self.qkv.outputs, self.out.inputs, self.out.outputs, gate_up.inputs, down.inputs, down.outputs)
+
 
 @dataclass(frozen=True)
 class Stored:
