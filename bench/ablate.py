@@ -153,6 +153,14 @@ def full_precision() -> None:
     loading.resolve_dtype = lambda name, device: torch.float32  # type: ignore[assignment]
 
 
+def look_apart() -> None:
+    """The look at a rollout keeps nothing for the update that follows."""
+    from trimtab.stages.actor_critic import PolicyOnly
+
+    look = PolicyOnly.look
+    PolicyOnly.look = lambda self, batch, *, ahead=False: look(self, batch)  # type: ignore[method-assign]
+
+
 PAIRS = ("dpo-precomputed", "dpo-long")
 BOTH = ("dpo-precomputed", "grpo", "decode-transformers")
 SWITCHES = {
@@ -160,7 +168,13 @@ SWITCHES = {
     "no padding": Switch("only real tokens are computed", PAIRS, pad),
     "head on responses": Switch("logits only where a response token is predicted", PAIRS, head_everywhere),
     "logits in chunks": Switch("log-probabilities without a whole float32 array of logits", PAIRS, whole_logits),
-    "attention by blocks": Switch("plain matrix products instead of SDPA with a mask", PAIRS, sdpa),
+    "attention of our own": Switch("only what a token may see, no scores kept; else SDPA with a mask", PAIRS, sdpa),
+    "compiled kernels": Switch(
+        "attention, norms, gates and rotary angles in C++, decoding in whole steps; else plain torch",
+        BOTH,
+        environment={**TUNED_ALLOCATOR, "TRIMTAB_KERNELS": "off"},
+    ),
+    "look is the first pass": Switch("the look at a rollout is the first forward pass of its update", ("grpo",), look_apart),
     "bfloat16": Switch("weights and products in bfloat16, masters in float32", BOTH, full_precision),
     "memory is kept": Switch("the allocator keeps freed memory", PAIRS, environment={}),
     "reference once": Switch("the reference's log-probabilities are kept", ("dpo-precomputed",), work={"reference": True}),

@@ -34,7 +34,7 @@ def groups_of(rows: list[Row]) -> list[Any]:
     return [Group(Prompt(tuple(row["prompt"]), as_text(row["prompt"])), tuple(map(response, row["responses"]))) for row in rows]
 
 
-def supervised(work: Work, steps: list[list[Row]], model: str, budget: int) -> Step:
+def supervised(work: Work, steps: list[list[Row]], model: str, budget: int, *, checkpointing: bool = False) -> Step:
     """Fine-tuning, or a reward model on pairs."""
     from trimtab.algorithms.reward import RewardLossConfig, reward_loss
     from trimtab.batch import Batch
@@ -49,7 +49,7 @@ def supervised(work: Work, steps: list[list[Row]], model: str, budget: int) -> S
 
     optim = OptimConfig(lr=LEARNING_RATE, schedule="constant")
     if work.kind == "sft":
-        policy = LanguageModel.load(ModelConfig(path=model))
+        policy = LanguageModel.load(ModelConfig(path=model, checkpointing=checkpointing))
         optimisers = [Optimiser(policy.trainable(), optim, len(steps))]
         batches = [Batch(tuple(groups_of(rows))) for rows in steps]
         return lambda i: update(batches[i], policy.forward, nll_loss("token"), optimisers, at=i, token_budget=budget)
@@ -160,7 +160,7 @@ class Side:
         self.meter = Meter()
 
     def prepare(self, work: dict[str, Any], rows: str, model: str, setting: dict[str, Any], scorer: str = "") -> Reply:
-        """setting: {budget: packed tokens per micro-batch (null: the stage's default), without: [ablations]}."""
+        """setting: {budget: packed tokens per micro-batch (null: the stage's default), checkpointing: bool (sft), without: [ablations]}."""
         import trimtab.stages.policy
         import trimtab.stages.preference  # noqa: F401
 
@@ -182,7 +182,7 @@ class Side:
         elif self.work.generates:
             self.step_of = rollout(self.work, steps, model, scorer, budget)
         else:
-            self.step_of = supervised(self.work, steps, model, budget)
+            self.step_of = supervised(self.work, steps, model, budget, checkpointing=setting.get("checkpointing", False))
         self.done = 0
         return {"bare_bytes": bare, "loaded_bytes": resident()}
 

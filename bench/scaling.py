@@ -40,13 +40,13 @@ class Curve:
             prompt, group = 256, value
         elif self.label == "vocabulary":
             model = f"10m:vocab_size={value}"
-        elif self.label == "layers":
+        elif self.label.startswith("layers"):
             model = f"135m:num_hidden_layers={value}"
         elif self.label == "parameters (millions)":
             model = f"{value}m"
-        name = f"scaling-{self.label.split()[0]}-{value}"
+        name = f"scaling-{self.label.split()[0].strip(',')}-{value}"
         work = Work(name, "sft", "none", model=model, rows=2, prompt=(prompt, prompt), response=(response, response), responses=group)
-        return work, {"budget": budget}
+        return work, {"budget": budget, "checkpointing": self.label == "layers, checkpointed"}
 
 
 CURVES = {
@@ -54,6 +54,7 @@ CURVES = {
     "group": Curve("group size", (1, 2, 4, 8, 16, 32), "2 prompts of 256 tokens, responses of 64, 135M"),
     "vocabulary": Curve("vocabulary", (4096, 16384, 49152, 131072), "10M-parameter body, 2 prompts of 128 tokens, 2 responses of 64 each"),
     "depth": Curve("layers", (6, 12, 18, 24, 30), "135M shape, 2 prompts of 128 tokens, 2 responses of 64 each"),
+    "depth-checkpointed": Curve("layers, checkpointed", (6, 12, 18, 24, 30), "the same, with activation checkpointing"),
     "size": Curve("parameters (millions)", (10, 135, 360), "2 prompts of 128 tokens, 2 responses of 64 each"),
 }
 
