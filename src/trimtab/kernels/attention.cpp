@@ -34,10 +34,11 @@ struct Keys {
     float *grad_key, *grad_value;  // [dim, width]
 };
 
-// Queries that are taken at once: fewer where they see so much that their scores would leave the cache.
-int tile_of(int seen) { return seen <= 1024 ? 48 : seen <= 2048 ? 24 : 12; }
+// Queries that are taken at once, an even number: fewer where they see so much that their scores would leave the cache.
+constexpr int MOST = 48;
+int tile_of(int seen) { return seen <= 1024 ? MOST : seen <= 2048 ? MOST / 2 : MOST / 4; }
 
-// What row `t` of a sequence sees of keys that begin `offset` tokens before it does: columns from .. to.
+// What a row sees: columns from .. to.
 struct Span {
     int from, to;
 };
@@ -60,10 +61,10 @@ class Task {
             const size_t packed = Scratch::padded<uint32_t>((size_t)width * p.dim / 2);
             bytes += backward ? 3 * packed + 2 * Scratch::padded<float>((size_t)width * p.dim) : 2 * packed;
         }
-        const int most = 48;
-        const size_t scores = (size_t)most * longest;
-        bytes += 2 * Scratch::padded<float>(scores) + Scratch::padded<bf16>(scores) + 2 * Scratch::padded<uint32_t>(scores / 2);
-        bytes += Scratch::padded<float>((size_t)most * p.dim) + 2 * Scratch::padded<bf16>((size_t)most * p.dim);
+        const size_t scores = (size_t)MOST * longest;
+        bytes += 2 * Scratch::padded<float>(scores) + Scratch::padded<float>(longest);
+        bytes += Scratch::padded<bf16>(scores) + 2 * Scratch::padded<uint32_t>(scores / 2);
+        bytes += Scratch::padded<float>((size_t)MOST * p.dim) + 2 * Scratch::padded<bf16>((size_t)MOST * p.dim);
         scratch.begin(bytes);
         for (int i = 0; i < count; i++) {
             Keys keys{p.starts[first + i], p.lengths[first + i], round_up(p.lengths[first + i], LANES)};
@@ -88,12 +89,13 @@ class Task {
         }
         scores_ = scratch.take<float>(scores);
         pull_ = scratch.take<float>(scores);
+        steep_ = scratch.take<float>(longest);
         weights_ = scratch.take<bf16>(scores);
         weight_pairs_ = scratch.take<uint32_t>(scores / 2);
         pull_pairs_ = scratch.take<uint32_t>(scores / 2);
-        out_ = scratch.take<float>((size_t)most * p.dim);
-        query_t_ = scratch.take<bf16>((size_t)most * p.dim);
-        grad_t_ = scratch.take<bf16>((size_t)most * p.dim);
+        out_ = scratch.take<float>((size_t)MOST * p.dim);
+        query_t_ = scratch.take<bf16>((size_t)MOST * p.dim);
+        grad_t_ = scratch.take<bf16>((size_t)MOST * p.dim);
     }
 
     void forward(bf16* out, float* lse) {
@@ -101,10 +103,10 @@ class Task {
             const bf16* q = p.q + (own.start + t0) * p.q_stride + h * p.dim;
             const int left = prompt ? prompt->width : 0, n = left + round_up(t0 + m, LANES);
             score(q, p.q_stride, own, prompt, t0, m, n);
-            float scale[48];
+            float scale[MOST];
             for (int i = 0; i < m; i++) {
                 float* row = scores_ + (long)i * n;
-                const float top = highest(row, own, prompt, t0 + i, n);
+                const float top = highest(row, prompt, t0 + i, n);
                 const float sum = exponentials(row, top, n, weights_ + (long)i * n);
                 scale[i] = 1 / sum;
                 lse[(long)h * p.tokens + own.start + t0 + i] = top + std::log(sum);
@@ -126,7 +128,7 @@ class Task {
             score(q, p.q_stride, own, prompt, t0, m, n);
             if (prompt) product(m, left, p.dim / 2, g, grad_stride, prompt->value_t, left, pull_, n, false);
             product(m, n - left, p.dim / 2, g, grad_stride, own.value_t, own.width, pull_ + left, n, false);
-            for (int i = 0; i < m; i++) slope(i, n, lse[(long)h * p.tokens + own.start + t0 + i], own, prompt, t0 + i);
+            for (int i = 0; i < m; i++) slope(i, n, lse[(long)h * p.tokens + own.start + t0 + i], prompt, t0 + i);
             const int even = round_up(m, 2);
             if (even > m) {
                 std::memset(scores_ + (long)m * n, 0, n * sizeof(float));
@@ -184,7 +186,7 @@ class Task {
     }
 
     // Scaled, capped and masked scores in place; their maximum.
-    float highest(float* row, const Keys& own, const Keys* prompt, int t, int n) {
+    float highest(float* row, const Keys* prompt, int t, int n) {
         const __m512 scale = _mm512_set1_ps(p.softcap ? p.scale / p.softcap : p.scale), cap = _mm512_set1_ps(p.softcap);
         const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
         __m512 top = hidden;
@@ -209,9 +211,10 @@ class Task {
     }
 
     // Row i: scores become weights, what is pulled at the weights becomes what is pulled at the products q k.
-    void slope(int i, int n, float lse, const Keys& own, const Keys* prompt, int t) {
+    void slope(int i, int n, float lse, const Keys* prompt, int t) {
         float *row = scores_ + (long)i * n, *pull = pull_ + (long)i * n;
-        const __m512 scale = _mm512_set1_ps(p.softcap ? p.scale / p.softcap : p.scale), cap = _mm512_set1_ps(p.softcap), one = _mm512_set1_ps(1);
+        const __m512 scale = _mm512_set1_ps(p.softcap ? p.scale / p.softcap : p.scale);
+        const __m512 cap = _mm512_set1_ps(p.softcap), one = _mm512_set1_ps(1);
         __m512 sum = _mm512_setzero_ps();
         each_vector(prompt, t, n, [&](int c, __mmask16 seen) {
             __m512 x = _mm512_mul_ps(_mm512_loadu_ps(row + c), scale), g = _mm512_loadu_ps(pull + c), steep = one;
@@ -223,12 +226,15 @@ class Task {
             const __m512 w = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(x, _mm512_set1_ps(lse))));
             sum = _mm512_fmadd_ps(w, g, sum);
             _mm512_storeu_ps(row + c, w);
-            if (p.softcap) _mm512_storeu_ps(pull + c, _mm512_mul_ps(g, steep)), steep_.resize(std::max<size_t>(steep_.size(), n)), _mm512_storeu_ps(steep_.data() + c, steep);
+            if (p.softcap) {
+                _mm512_storeu_ps(pull + c, _mm512_mul_ps(g, steep));
+                _mm512_storeu_ps(steep_ + c, steep);
+            }
         });
         const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum)), factor = _mm512_set1_ps(p.scale);
         for (int c = 0; c < n; c += LANES) {
             const __m512 w = _mm512_mul_ps(_mm512_loadu_ps(row + c), factor), g = _mm512_loadu_ps(pull + c);
-            const __m512 offset = p.softcap ? _mm512_mul_ps(mean, _mm512_loadu_ps(steep_.data() + c)) : mean;
+            const __m512 offset = p.softcap ? _mm512_mul_ps(mean, _mm512_loadu_ps(steep_ + c)) : mean;
             _mm512_storeu_ps(pull + c, _mm512_mul_ps(w, _mm512_sub_ps(g, offset)));
         }
     }
@@ -237,7 +243,8 @@ class Task {
     void pair_up(const float* x, int rows, int n, uint32_t* pairs, bf16* plain) {
         for (int i = 0; i < rows; i += 2)
             for (int c = 0; c < n; c += LANES) {
-                const __m256i even = to_bf16(_mm512_loadu_ps(x + (long)i * n + c)), odd = to_bf16(_mm512_loadu_ps(x + (long)(i + 1) * n + c));
+                const __m256i even = to_bf16(_mm512_loadu_ps(x + (long)i * n + c));
+                const __m256i odd = to_bf16(_mm512_loadu_ps(x + (long)(i + 1) * n + c));
                 _mm512_storeu_si512(pairs + (long)i / 2 * n + c, interleave(even, odd));
                 if (plain) {
                     _mm256_storeu_si256((__m256i*)(plain + (long)i * n + c), even);
@@ -255,7 +262,7 @@ class Task {
     void give(const float* from, const Keys& keys, bf16* to) {
         for (int i = 0; i < keys.length; i++) {
             bf16* row = to + ((long)(keys.start + i) * p.kv + head_) * p.dim;
-            const __m512i step = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(keys.width));
+            const __m512i step = multiples(keys.width);
             for (int d = 0; d < p.dim; d += LANES) store(row + d, _mm512_i32gather_ps(step, from + (long)d * keys.width + i, 4));
         }
     }
@@ -263,8 +270,7 @@ class Task {
     const Problem& p;
     int head_;
     std::vector<Keys> sequences_;
-    std::vector<float> steep_;
-    float *scores_, *pull_, *out_;
+    float *scores_, *pull_, *steep_, *out_;
     bf16 *weights_, *query_t_, *grad_t_;
     uint32_t *weight_pairs_, *pull_pairs_;
 };
@@ -297,6 +303,8 @@ int attention_forward(const Problem* p, bf16* out, float* lse) {
 
 // grad [tokens, heads, dim] with a stride from token to token; grad_q [tokens, heads, dim], grad_k, grad_v [tokens, kv, dim].
 int attention_backward(const Problem* p, const bf16* grad, long stride, const float* lse, bf16* grad_q, bf16* grad_k, bf16* grad_v) {
-    return !all_tasks(*p, [&](int group, int head) { Task(*p, scratch, group, head, true).backward(grad, stride, lse, grad_q, grad_k, grad_v); });
+    return !all_tasks(*p, [&](int group, int head) {
+        Task(*p, scratch, group, head, true).backward(grad, stride, lse, grad_q, grad_k, grad_v);
+    });
 }
 }

@@ -11,6 +11,11 @@
 using bf16 = uint16_t;
 constexpr int LANES = 16;
 
+// 0, stride, 2 stride, ...
+inline __m512i multiples(long stride) {
+    return _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32((int)stride));
+}
+
 inline int round_up(int n, int m) { return (n + m - 1) / m * m; }
 
 inline __mmask16 first_lanes(int n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
@@ -117,7 +122,7 @@ inline void product(int m, int n, int pairs, const bf16* a, long lda, const uint
 
 // Rows [count, dim] as the right side x^T: [dim / 2, width], a pair of neighbours of one row in every lane. Beyond `count`: zeros.
 inline void pack_transposed(const bf16* x, long stride, int count, int dim, int width, uint32_t* to) {
-    const __m512i step = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32((int)stride));
+    const __m512i step = multiples(stride);
     for (int row = 0; row < width; row += LANES) {
         const __mmask16 real = first_lanes(count - row);
         for (int pair = 0; pair < dim / 2; pair++) {
