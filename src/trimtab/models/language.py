@@ -19,6 +19,7 @@ from trimtab.models import loading
 from trimtab.models.base import PackedModel
 from trimtab.models.loading import ModelConfig
 from trimtab.models.packed import Layout
+from trimtab.snapshot import save_atomically
 from trimtab.types import Group, Prompt, Response
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -116,7 +117,7 @@ class LanguageModel(PackedModel):
 
                 save_file({name: p.detach().cpu() for name, p in self.value_head.state_dict().items()}, staging / VALUE_HEAD_FILE)
 
-        return loading.save_atomically(folder, write)
+        return save_atomically(folder, write)
 
     @torch.no_grad()
     def _check(self) -> None:

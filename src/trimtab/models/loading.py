@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trimtab.config import Config
 from trimtab.data.templates import Mode, Template
-from trimtab.errors import ConfigError, ModelError, RunError
+from trimtab.errors import ConfigError, ModelError
 from trimtab.models import packed
 from trimtab.models.allocator import keep_freed_memory
 from trimtab.models.fused import take_kernels
@@ -210,33 +207,6 @@ def plain_attention(model: Any) -> Iterator[Any]:
         yield model
     finally:
         model.set_attn_implementation(packed.ATTENTION)
-
-
-def save_atomically(folder: Path, write: Callable[[Path], object]) -> Path:
-    """Fill a folder beside its final place, then rename: it is there whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write(staging)
-        for file in staging.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        staging.chmod(0o755)
-        if folder.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.rename(folder, retired / folder.name)
-            os.rename(staging, folder)
-            shutil.rmtree(retired)
-        else:
-            os.rename(staging, folder)
-    except OSError as error:
-        raise RunError(
-            f"cannot save: {error.strerror or error}", where=str(folder), fix="free space or choose another output folder"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return folder
 
 
 def _architecture(path: str, layers: int | None, options: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from trimtab.models import loading
 from trimtab.models.base import PackedModel
 from trimtab.models.loading import ModelConfig
 from trimtab.models.packed import Layout
+from trimtab.snapshot import save_atomically
 from trimtab.types import Group, Response
 
 
@@ -159,7 +160,7 @@ class Scorer(PackedModel):
             loading.save_template(self.template, staging)
             self.note.write(staging)
 
-        return loading.save_atomically(folder, write)
+        return save_atomically(folder, write)
 
     def _ended(self, group: Group) -> Group:
         end, ends = self.template.end_id, self.template.eos_ids

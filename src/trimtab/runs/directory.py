@@ -27,12 +27,19 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
+from trimtab import snapshot
 from trimtab.errors import RunError, TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.protocols import Tracker
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 STREAMS = ("metrics", "samples", "events")
+LOCK = ".lock"
 
 
 class RunDirectory:
@@ -48,6 +55,7 @@ class RunDirectory:
         self._files: dict[str, IO[str]] = {}
         self._aside: Path | None = None  # the run this one replaces, until it has taken a step
         self._stepped = False
+        self._held: IO[str] | None = None
 
     @classmethod
     def create(cls, path: str | Path, config_yaml: str, trackers: Sequence[Tracker] = (), *, overwrite: bool = False) -> RunDirectory:
@@ -61,14 +69,40 @@ class RunDirectory:
             if run.path.exists() and any(run.path.iterdir()):
                 run._set_aside(overwrite)
             (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            run._lock()
             (run.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
             for stream in STREAMS:
-                # A lone surrogate in a data row has no UTF-8; as a backslash escape it is valid JSON and reads back unchanged.
-                run._files[stream] = (run.path / f"{stream}.jsonl").open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
+                run._files[stream] = run._writer(stream, "w")
         except OSError as error:
             run._bring_back()
             raise RunError(f"cannot write here: {error.strerror}", where=str(path), fix="choose a folder you can write to") from None
         return run
+
+    @classmethod
+    def resume(cls, path: str | Path) -> tuple[RunDirectory, int]:
+        """Go on with an earlier run: its streams are cut back to its newest whole checkpoint, whose step comes too.
+
+        Checkpoints that are damaged are put aside. Raises RunError if there is no run, or nothing to go on from.
+        """
+        run = cls.open(path)
+        run._lock()
+        checkpoints = run.path / "checkpoints"
+        step, wrong = snapshot.last_good(checkpoints)
+        if step is None and wrong:
+            said = "; ".join(f"{folder.name}: {fault}" for folder, fault in wrong.items())
+            raise RunError(f"no checkpoint is whole ({said})", where=str(path), fix="start anew, with another output or --overwrite")
+        try:
+            for folder in wrong:
+                folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
+            for stream in STREAMS:
+                run._cut(stream, None if stream == "events" else step or 0)
+                run._files[stream] = run._writer(stream, "a")
+        except OSError as error:
+            raise RunError(f"cannot write here: {error.strerror}", where=str(path), fix="make the folder writable") from None
+        run._stepped = True
+        for folder, fault in wrong.items():
+            run.event("checkpoint damaged", checkpoint=folder.name, fault=fault)
+        return run, step or 0
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -103,6 +137,9 @@ class RunDirectory:
         for file in self._files.values():
             file.close()
         self._files.clear()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -145,6 +182,38 @@ class RunDirectory:
         if not isinstance(loaded, dict):
             raise RunError("config.yaml is damaged", where=str(self.path), fix="restore it, or run the stage again")
         return loaded
+
+    def _lock(self) -> None:
+        """Hold the folder for this process. Raises RunError if another one does."""
+        if fcntl is None:
+            return
+        held = (self.path / LOCK).open("w")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            held.close()
+            raise RunError("another process works on this run", where=str(self.path), fix="wait for it, or choose another output") from None
+        self._held = held
+
+    def _writer(self, stream: str, mode: str) -> IO[str]:
+        # A lone surrogate in a data row has no UTF-8; as a backslash escape it is valid JSON and reads back unchanged.
+        return (self.path / f"{stream}.jsonl").open(mode, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+    def _cut(self, stream: str, step: int | None) -> None:
+        """Shorten a stream to the lines before a step (null: to its whole lines)."""
+        path = self.path / f"{stream}.jsonl"
+        kept = 0
+        with path.open("ab+") as file:
+            file.seek(0)
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith(b"\n") or (step is not None and row["step"] >= step):
+                    break
+                kept += len(line)
+            file.truncate(kept)
 
     def _set_aside(self, overwrite: bool) -> None:
         if not (self.path / "config.yaml").exists():
