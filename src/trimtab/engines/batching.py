@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.engines.cache import Cache, Prefill
 from trimtab.engines.decoder import Stepper
 from trimtab.engines.drafts import Tokens, agreed
-from trimtab.engines.sampling import SamplingConfig, draw
+from trimtab.engines.sampling import SamplingConfig, draw_from_head
 from trimtab.models.language import LanguageModel
 from trimtab.types import Prompt
 
@@ -92,9 +92,9 @@ class Batcher:
 
     def _draw(self, logits: Tensor, responses: Int[Tensor, " n"], times: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """Draw and note a token of each of these responses."""
-        size, temperature = max(1, _LOGITS_AT_ONCE // logits.shape[1]), self.sampling.temperature or 1.0
+        size, head = max(1, _LOGITS_AT_ONCE // logits.shape[1]), self.model.head
         numbers = self.uniform[responses, times].split(size)
-        parts = [draw(self.model.head.finish(z, temperature), u, self.sampling) for z, u in zip(logits.split(size), numbers, strict=True)]
+        parts = [draw_from_head(z, head, u, self.sampling) for z, u in zip(logits.split(size), numbers, strict=True)]
         tokens, logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
         self.tokens[responses, times], self.logprobs[responses, times] = tokens, logprobs.to(torch.float64)
         self.lengths[responses] = times + 1

@@ -121,7 +121,8 @@ class Cache:
     """Keys and values of the active rows and of their prompts; also the `layout` of decoding steps.
 
     places [n]: the prompt place that each active row answers; times [n]: how many response tokens each has read.
-    Held on the host: what to do next never waits for the device.
+    Held on the host: what to do next never waits for the device. The rows of a step are on the device, too: `reading` [3, n],
+    each row's prompt place, the length of its prompt, and the response tokens it had read before.
     """
 
     def __init__(self, rows: int, max_tokens: int, device: torch.device) -> None:
@@ -133,7 +134,9 @@ class Cache:
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}  # [places, kv, P, dim]
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # [rows, kv, R, dim]
         self.room = 0
-        self.plan: Plan | None = None
+        self.reading = torch.zeros(3, 0, dtype=torch.long)
+        self._shape = (0, 0, 0)  # of the step: rows, widths of prompts and responses
+        self._plan: Plan | None = None
         self._views: dict[int, Views] = {}
 
     def admit(self, prefill: Prefill, prompt_of_row: Sequence[int]) -> None:
@@ -198,34 +201,34 @@ class Cache:
 
     def step(self) -> Int[Tensor, " n"]:
         """Begin a step in which every active row reads one token; returns the positions of these tokens."""
-        ((key, _), *_) = self.prompts.values()
-        kv, n, g = key.shape[1], len(self.places), len(self.lengths)
         R = round_up(max(self.times) + 1)
         if self.room < R:
             self._make_room(R)
-        P = round_up(max(self.lengths[place] for place in self.places))
+        lengths = [self.lengths[place] for place in self.places]
+        shape = (len(self.places), round_up(max(lengths)), R)
+        if shape != self._shape:
+            self._views = {}
+        self._shape, self._plan = shape, None
+        self.reading = torch.tensor([self.places, lengths, self.times], device=self.device)
+        self.times = [time + 1 for time in self.times]
+        return self.reading[1] + self.reading[2]
+
+    def _make_plan(self) -> Plan:
+        ((key, _), *_) = self.prompts.values()
+        kv, (n, P, R), g = key.shape[1], self._shape, len(self.lengths)
         seen: Counter[int] = Counter()
         ranks = []
         for place in self.places:
             ranks.append(seen[place])
             seen[place] += 1
         S = max(seen.values())
-
-        def tensor(values: list[int]) -> Tensor:
-            return torch.tensor(values, device=self.device)
-
-        places, heads, times = tensor(self.places), torch.arange(kv, device=self.device), tensor(self.times)
+        places, lengths, times = self.reading
+        heads = torch.arange(kv, device=self.device)
         units = torch.arange(n, device=self.device)[:, None] * kv + heads
-        to_rows = ((places[:, None] * kv + heads) * S + tensor(ranks)[:, None]).flatten()
+        to_rows = ((places[:, None] * kv + heads) * S + torch.tensor(ranks, device=self.device)[:, None]).flatten()
         to_prompts = torch.zeros(g * kv * S, dtype=torch.long, device=self.device).index_copy_(0, to_rows, units.flatten())
         write = (units * self.room + times[:, None]).flatten()
-        lengths = tensor(self.lengths)[places]
-        before = self.plan
-        if before is None or (len(before.times), before.P, before.R) != (n, P, R):
-            self._views = {}
-        self.plan = Plan(to_prompts, to_rows, write, lengths, times, S, P, R)
-        self.times = [time + 1 for time in self.times]
-        return lengths + times
+        return Plan(to_prompts, to_rows, write, lengths, times, S, P, R)
 
     def _make_room(self, R: int) -> None:
         """Room for R response tokens, and for as many again while there may be more."""
@@ -245,12 +248,12 @@ class Cache:
         self, layer: int, query: Float[Tensor, "n heads dim"], key: Float[Tensor, "n kv dim"], value: Float[Tensor, "n kv dim"]
     ) -> Float[Tensor, "n heads dim"]:
         """Attention of every row's new token to its prompt and its response, the new token included."""
-        plan, settings = self.plan, self.settings[layer]
-        assert plan is not None
+        plan, settings = self._plan or self._make_plan(), self.settings[layer]
+        self._plan = plan
         n, heads, dim = query.shape
         kv = key.shape[1]
         rep, S, P, R = heads // kv, plan.siblings, plan.P, plan.R
-        views = self._views.get(layer) or self._view(layer, n)
+        views = self._views.get(layer) or self._view(layer, plan)
         views.keys.index_copy_(0, plan.write, key.reshape(-1, dim))
         views.values.index_copy_(0, plan.write, value.reshape(-1, dim))
 
@@ -269,11 +272,11 @@ class Cache:
         out = torch.bmm(to_prompt, views.prompt_values).view(-1, rep * dim).index_select(0, plan.to_rows)
         return out.view(-1, rep, dim).baddbmm_(weights[..., P:], views.own_values).view(n, heads, dim)
 
-    def _view(self, layer: int, n: int) -> Views:
-        assert self.plan is not None
+    def _view(self, layer: int, plan: Plan) -> Views:
+        n = len(plan.times)
         keys, values = (x[:n].view(-1, x.shape[-1]) for x in self.own[layer])
-        own_keys, own_values = (x[:n].flatten(0, 1)[:, : self.plan.R] for x in self.own[layer])
-        prompt_keys, prompt_values = (x.flatten(0, 1)[:, : self.plan.P] for x in self.prompts[layer])
+        own_keys, own_values = (x[:n].flatten(0, 1)[:, : plan.R] for x in self.own[layer])
+        prompt_keys, prompt_values = (x.flatten(0, 1)[:, : plan.P] for x in self.prompts[layer])
         self._views[layer] = Views(keys, values, own_keys.transpose(1, 2), own_values, prompt_keys.transpose(1, 2), prompt_values)
         return self._views[layer]
 

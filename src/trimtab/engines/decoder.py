@@ -4,6 +4,7 @@ transformers runs a step of a small model in about forty operations a layer, man
 Here the projections that read the same input are one matrix product, rotary tables are made once a step, and weights may lie in
 the order in which the processor reads them. The layers are read off the transformers modules. Whether they have been understood
 is checked against the model's own forward pass before the first use; a model that is not understood decodes through that.
+In bfloat16 on a CPU the whole step is one compiled kernel (`kernels.decode`), where there is one for the model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from trimtab import kernels
 from trimtab.engines.cache import Cache, Prefill
+from trimtab.kernels import decode
 from trimtab.models.language import LanguageModel
 from trimtab.types import Prompt
 
@@ -82,12 +85,86 @@ class Decoder:
         return self.head(states)
 
 
+class CompiledDecoder:
+    """The same as one compiled kernel for all layers: bfloat16 on a CPU, without adapters.
+
+    Sums x are in float32, and nothing is rounded to bfloat16 but what enters a product. A row's states do not depend on its company.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        if not kernels.serves(model.head.weight):
+            raise Unknown(f"weights in {model.head.weight.dtype} on {model.device}, for which there are no kernels")
+        trunk, head = model.plain.base_model, model.head
+        _expect(trunk, {"embed_tokens", "layers", "norm", "rotary_emb"})
+        attention, mlp = _parts(trunk.layers[0])
+        dim, inner = attention.head_dim, mlp.gate_proj.out_features
+        heads, kv = (p.out_features // dim for p in (attention.q_proj, attention.k_proj))
+        width: int = attention.q_proj.in_features
+        turned, _ = trunk.rotary_emb(head.weight[None, :1], torch.zeros(1, 1, dtype=torch.long))
+        if not decode.shapes_fit(width, heads, kv, dim, inner) or turned.shape[-1] != dim:
+            raise Unknown("a trunk of sizes that the kernel does not know")
+        self.embedding, self.rotary = trunk.embed_tokens, trunk.rotary_emb
+        layers = [_compiled(layer) for layer in trunk.layers]
+        if {layer.sizes() for layer in layers} != {(width, (heads + 2 * kv) * dim, heads * dim, width, width, inner, width)}:
+            raise Unknown("layers of different sizes")
+        self.trunk = decode.Trunk(layers, _Norm(trunk.norm).setting, heads, kv, dim, inner)
+        self.head = decode.Matrix([head.weight], [head.bias])
+
+    def hidden(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        x = self.embedding(tokens)
+        cos, sin = (table[0] for table in self.rotary(x[None], positions[None]))
+        stored = [
+            decode.Stored(cache.own[i], cache.prompts[i], asked.scale, asked.window or 0, asked.softcap or 0.0)
+            for i, asked in sorted(cache.settings.items())
+        ]
+        return self.trunk.step(x, cos, sin, stored, cache.reading.int())
+
+    def logits(self, states: Tensor) -> Tensor:
+        return self.head(states)
+
+
+def _compiled(layer: Any) -> decode.Layer:
+    """The layer's weights, as the kernel reads them."""
+    attention, mlp = _parts(layer)
+    probe = torch.linspace(-4, 4, 9)
+    if not torch.equal(mlp.act_fn(probe), nn.functional.silu(probe)):
+        raise Unknown(f"the activation {type(mlp.act_fn).__name__}")
+    query, key, value = (_linear(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    biases = [p.bias.detach() for p in (query, key, value) if p.bias is not None]
+    if len(biases) not in (0, 3):
+        raise Unknown("biases in some of the projections of one input")
+    mixed = torch.cat([p.weight.detach() for p in (query, key, value)])
+    qkv = decode.Matrix([mixed], [torch.cat(biases) if biases else None])
+    out, gate, up, down = (_linear(p) for p in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    return decode.Layer(
+        qkv,
+        decode.Matrix([out.weight], [out.bias]),
+        decode.Matrix([gate.weight, up.weight], [gate.bias, up.bias]),
+        decode.Matrix([down.weight], [down.bias]),
+        _Norm(layer.input_layernorm).setting,
+        _Norm(layer.post_attention_layernorm).setting,
+        *(None if norm is None else _Norm(norm).setting for norm in norms),
+    )
+
+
+def _linear(layer: Any) -> nn.Linear:
+    if type(layer) is not nn.Linear or layer.weight.dtype != torch.bfloat16:
+        raise Unknown(f"a projection of type {type(layer).__name__}")
+    return layer
+
+
+def _parts(layer: Any) -> tuple[Any, Any]:
+    """Attention and feed-forward part of a layer that is made as expected."""
+    _expect(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+    _expect(layer.self_attn, {"q_proj", "k_proj", "v_proj", "o_proj"}, frozenset({"q_norm", "k_norm"}))
+    _expect(layer.mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"})
+    return layer.self_attn, layer.mlp
+
+
 class _Layer:
     def __init__(self, layer: Any, index: int) -> None:
-        _expect(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
-        attention, mlp = layer.self_attn, layer.mlp
-        _expect(attention, {"q_proj", "k_proj", "v_proj", "o_proj"}, frozenset({"q_norm", "k_norm"}))
-        _expect(mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"})
+        attention, mlp = _parts(layer)
         self.index, self.dim, self.activation = index, attention.head_dim, mlp.act_fn
         self.before, self.between = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         self.query_norm = _Norm(attention.q_norm) if hasattr(attention, "q_norm") else None
@@ -119,6 +196,7 @@ class _Norm:
         if not hasattr(norm, "variance_epsilon"):
             raise Unknown(type(norm).__name__)
         self.own, self.weight, self.eps = norm, norm.weight, norm.variance_epsilon
+        self.setting = self.weight, self.eps
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
@@ -211,15 +289,19 @@ def _sum_of_bits(x: Tensor) -> tuple[float, ...]:
 
 
 def choose(model: LanguageModel) -> Callable[[LanguageModel], Stepper]:
-    """`Decoder` if it understands the model, else `PlainStepper`."""
-    try:
-        return Decoder if _agree(model, Decoder(model)) else PlainStepper
-    except Unknown:
-        return PlainStepper
+    """`CompiledDecoder` or `Decoder`, if it understands the model, else `PlainStepper`."""
+    kinds: tuple[Callable[[LanguageModel], Stepper], ...] = (CompiledDecoder, Decoder)
+    for kind in kinds:
+        try:
+            if _agree(model, kind(model)):
+                return kind
+        except Unknown:
+            continue
+    return PlainStepper
 
 
 @torch.no_grad()
-def _agree(model: LanguageModel, decoder: Decoder) -> bool:
+def _agree(model: LanguageModel, decoder: Stepper) -> bool:
     """Do both give the same states for a few tokens after two tiny prompts?"""
     vocabulary = model.head.weight.shape[0]
     ids = torch.linspace(1, vocabulary - 1, 12, device=model.device).long()

@@ -7,7 +7,10 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from trimtab import kernels
 from trimtab.config import Config
+from trimtab.kernels import decode
+from trimtab.maths.logprobs import Head
 
 _BLOCK = 256
 
@@ -19,6 +22,17 @@ class SamplingConfig(Config):
     temperature: float = Field(1.0, ge=0, description="divides the logits; 0 is greedy decoding")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of tokens with this probability mass")
     top_k: int = Field(0, ge=0, description="sample from the k most probable tokens (0: all)")
+
+
+def draw_from_head(
+    z: Float[Tensor, "rows vocabulary"], head: Head, uniform: Float[Tensor, " rows"], config: SamplingConfig
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """`draw` from what the output layer gives. Where a kernel does it, the numbers draw the same tokens but for rounding in float32."""
+    temperature = config.temperature or 1.0
+    if config.temperature and not config.top_k and config.top_p == 1 and kernels.serves(z):
+        cap = (head.softcap or 0.0) / temperature
+        return decode.draw(z, uniform, head.scale / (head.softcap or temperature), cap)
+    return draw(head.finish(z, temperature), uniform, config)
 
 
 def draw(
