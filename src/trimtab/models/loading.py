@@ -178,7 +178,7 @@ def _checkpointed(layer: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
-    """Wrap a model with a trainable LoRA adapter (float32, whatever the model's precision)."""
+    """Wrap a model with a trainable LoRA adapter (float32, whatever the model's precision). Its random start is always the same."""
     import peft
 
     lora = peft.LoraConfig(
@@ -189,7 +189,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, task: Literal["CAUSAL_LM",
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
     try:
-        return peft.get_peft_model(model, lora)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return peft.get_peft_model(model, lora)
     except ValueError as error:
         raise ModelError(f"the adapter does not fit the model: {error}", where="model.lora.target_modules", fix="use all-linear") from None
 

@@ -79,10 +79,10 @@ class RunDirectory:
         return run
 
     @classmethod
-    def resume(cls, path: str | Path) -> tuple[RunDirectory, int]:
+    def resume(cls, path: str | Path, config_yaml: str | None = None) -> tuple[RunDirectory, int]:
         """Go on with an earlier run: its streams are cut back to its newest whole checkpoint, whose step comes too.
 
-        Checkpoints that are damaged are put aside. Raises RunError if there is no run, or nothing to go on from.
+        config_yaml: the recipe it goes on with, if that has changed. Checkpoints that are damaged are put aside. Raises RunError if there is no run, or nothing to go on from.
         """
         run = cls.open(path)
         run._lock()
@@ -94,6 +94,10 @@ class RunDirectory:
         try:
             for folder in wrong:
                 folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
+            if config_yaml is not None:
+                fresh = run.path / ".config.yaml"
+                fresh.write_text(config_yaml, encoding="utf-8")
+                os.replace(fresh, run.path / "config.yaml")
             for stream in STREAMS:
                 run._cut(stream, None if stream == "events" else step or 0)
                 run._files[stream] = run._writer(stream, "a")
@@ -137,9 +141,7 @@ class RunDirectory:
         for file in self._files.values():
             file.close()
         self._files.clear()
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        self._unlock()
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -195,6 +197,11 @@ class RunDirectory:
             raise RunError("another process works on this run", where=str(self.path), fix="wait for it, or choose another output") from None
         self._held = held
 
+    def _unlock(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
     def _writer(self, stream: str, mode: str) -> IO[str]:
         # A lone surrogate in a data row has no UTF-8; as a backslash escape it is valid JSON and reads back unchanged.
         return (self.path / f"{stream}.jsonl").open(mode, encoding="utf-8", errors="backslashreplace", newline="\n")
@@ -220,6 +227,8 @@ class RunDirectory:
             raise RunError("this folder holds something other than a run", where=str(self.path), fix="choose another output")
         if not overwrite:
             raise RunError("this folder already holds a run", where=str(self.path), fix="choose another output, or add --overwrite")
+        self._lock()
+        self._unlock()
         aside = self.path.with_name(f".{self.path.name}-replaced-{os.getpid()}")
         self.path.rename(aside)
         self._aside = aside

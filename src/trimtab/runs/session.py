@@ -22,7 +22,7 @@ def session(
     """Open a run directory for a stage; whatever way it ends, its report is written if there is anything to report."""
     path, step = Path(output), None
     if resume:
-        directory, step = RunDirectory.resume(path)
+        directory, step = RunDirectory.resume(path, config_yaml)
     else:
         directory = RunDirectory.create(path, config_yaml, overwrite=overwrite)
     try:
