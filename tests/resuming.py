@@ -72,5 +72,5 @@ def outcome(run: Path) -> dict[str, Any]:
     timeless = [{name: value for name, value in row.items() if not name.startswith("time/")} for row in lines("metrics.jsonl")]
     last = (run / "checkpoints" / "last").resolve()
     files = {str(path.relative_to(last)): hashlib.sha256(path.read_bytes()).hexdigest() for path in last.rglob("*") if path.is_file()}
-    explained = {path.name: path.read_text() for path in sorted(run.glob("explain*/*"))}
+    explained = {path.name: path.read_text() for path in sorted(run.glob("steps/*"))}
     return {"metrics": timeless, "samples": lines("samples.jsonl"), "checkpoint": last.name, "files": files, "explained": explained}

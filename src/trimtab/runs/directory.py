@@ -82,31 +82,39 @@ class RunDirectory:
     def resume(cls, path: str | Path, config_yaml: str | None = None) -> tuple[RunDirectory, int]:
         """Go on with an earlier run: its streams are cut back to its newest whole checkpoint, whose step comes too.
 
-        config_yaml: the recipe it goes on with, if that has changed. Checkpoints that are damaged are put aside. Raises RunError if there is no run, or nothing to go on from.
+        config_yaml: the recipe it goes on with, if that has changed. Checkpoints that are damaged are put aside. Raises RunError if there
+        is no run, or nothing to go on from.
         """
         run = cls.open(path)
-        run._lock()
-        checkpoints = run.path / "checkpoints"
+        try:
+            run._lock()
+            return run, run._go_back(config_yaml)
+        except OSError as error:
+            raise RunError(f"cannot write here: {error.strerror}", where=str(path), fix="make the folder writable") from None
+        finally:
+            if not run._files:
+                run._unlock()
+
+    def _go_back(self, config_yaml: str | None) -> int:
+        """To the newest whole checkpoint; returns its step, 0 if there was none yet."""
+        checkpoints = self.path / "checkpoints"
         step, wrong = snapshot.last_good(checkpoints)
         if step is None and wrong:
             said = "; ".join(f"{folder.name}: {fault}" for folder, fault in wrong.items())
-            raise RunError(f"no checkpoint is whole ({said})", where=str(path), fix="start anew, with another output or --overwrite")
-        try:
-            for folder in wrong:
-                folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
-            if config_yaml is not None:
-                fresh = run.path / ".config.yaml"
-                fresh.write_text(config_yaml, encoding="utf-8")
-                os.replace(fresh, run.path / "config.yaml")
-            for stream in STREAMS:
-                run._cut(stream, None if stream == "events" else step or 0)
-                run._files[stream] = run._writer(stream, "a")
-        except OSError as error:
-            raise RunError(f"cannot write here: {error.strerror}", where=str(path), fix="make the folder writable") from None
-        run._stepped = True
+            raise RunError(f"no checkpoint is whole ({said})", where=str(self.path), fix="start anew, with another output or --overwrite")
+        for folder in wrong:
+            folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
+        if config_yaml is not None:
+            fresh = self.path / ".config.yaml"
+            fresh.write_text(config_yaml, encoding="utf-8")
+            os.replace(fresh, self.path / "config.yaml")
+        for stream in STREAMS:
+            self._cut(stream, None if stream == "events" else step or 0)
+        self._files = {stream: self._writer(stream, "a") for stream in STREAMS}
+        self._stepped = True
         for folder, fault in wrong.items():
-            run.event("checkpoint damaged", checkpoint=folder.name, fault=fault)
-        return run, step or 0
+            self.event("checkpoint damaged", checkpoint=folder.name, fault=fault)
+        return step or 0
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
