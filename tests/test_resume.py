@@ -228,3 +228,55 @@ def _wait_for_lines(process: subprocess.Popen[str], path: Path, count: int) -> N
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_model_that_is_gone_is_named_and_nothing_is_lost(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(resuming.command("sft", "whole")) == 0
+    with monkeypatch.context() as patch:
+        die_after(patch, 3, saved=True)
+        with pytest.raises(Killed):
+            main(resuming.command("sft", "ended", "checkpoint.every=1"))
+    (place / "model").rename(place / "elsewhere")
+    assert main(["resume", "ended"]) == 2
+    assert "model" in capsys.readouterr().err
+    (place / "elsewhere").rename(place / "model")
+    assert main(["resume", "ended"]) == 0
+    assert resuming.outcome(place / "ended") == resuming.outcome(place / "whole")
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_is_taken(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    small = tmp_path_factory.mktemp("small")
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True)
+    if made.returncode != 0:
+        pytest.skip("a small file system cannot be mounted here (it needs root)")
+    try:
+        assert main(resuming.command("sft", "whole")) == 0
+        words = resuming.command("sft", str(small / "run"), "checkpoint.every=1", "checkpoint.keep_last=100")
+        assert main(words) == 2  # five checkpoints do not fit
+        assert "No space left on device" in capsys.readouterr().err
+        kept = sorted(path.name for path in (small / "run/checkpoints").glob("step-*"))
+        assert kept
+        assert not list((small / "run/checkpoints").glob(".step-*"))  # nothing half-written is left
+        subprocess.run(["mount", "-o", "remount,size=16m", str(small)], check=True)
+        assert main(["resume", str(small / "run")]) == 0
+        resumed = next(e for e in RunDirectory.open(small / "run").events() if e["event"] == "resumed")
+        assert f"step-{resumed['step']:06d}" == kept[-1]
+        assert resuming.outcome(small / "run") == resuming.outcome(place / "whole")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "run").mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place / "run")], capture_output=True)
+    if made.returncode != 0:
+        pytest.skip("a read-only file system cannot be mounted here (it needs root)")
+    try:
+        assert main(resuming.command("sft", "run")) == 2
+        assert "cannot write here" in capsys.readouterr().err
+    finally:
+        subprocess.run(["umount", str(place / "run")], check=True)
