@@ -15,9 +15,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from trimtab.errors import RunError
 
 MANIFEST = "manifest.json"
+WRITING = (OSError, SafetensorError)
+"""What a write raises that fails: safetensors has an error of its own."""
 STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -27,10 +31,8 @@ def save_atomically(folder: Path, write: Callable[[Path], object]) -> Path:
     try:
         write(staging)
         publish(staging, folder)
-    except OSError as error:
-        raise RunError(
-            f"cannot save: {error.strerror or error}", where=str(folder), fix="free space or choose another output folder"
-        ) from error
+    except WRITING as error:
+        raise RunError(f"cannot save: {reason(error)}", where=str(folder), fix="free space or choose another output folder") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -42,9 +44,12 @@ def stage(folder: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise RunError(
-            f"cannot save: {error.strerror or error}", where=str(folder), fix="free space or choose another output folder"
-        ) from error
+        raise RunError(f"cannot save: {reason(error)}", where=str(folder), fix="free space or choose another output folder") from error
+
+
+def reason(error: BaseException) -> str:
+    """Why something could not be written, in the system's words."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def publish(staging: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,4 +36,7 @@ def session(
             yield directory
     finally:
         if (path / "metrics.jsonl").exists() and (path / "metrics.jsonl").stat().st_size:
-            write_report([path], path / "report.html")
+            try:
+                write_report([path], path / "report.html")
+            except OSError as error:  # the run itself matters more
+                print(f"the report could not be written: {error.strerror}", file=sys.stderr)

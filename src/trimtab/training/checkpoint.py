@@ -136,9 +136,9 @@ class Checkpoints:
             point_at(target)
             for path in superfluous(self.folder, self.config):
                 shutil.rmtree(path)
-        except OSError as error:
+        except snapshot.WRITING as error:
             raise RunError(
-                f"cannot save a checkpoint: {error.strerror or error}; the one before it is kept",
+                f"cannot save a checkpoint: {snapshot.reason(error)}; the one before it is kept",
                 where=str(target),
                 fix="free space, then `trimtab resume`",
             ) from error
