@@ -93,10 +93,10 @@ class MovingReference(Reference):
         for name, weight in self.weights.items():
             weight.copy_(state["weights"][name])
 
-    def save(self, folder: Path) -> Path:
-        """Save as a model."""
+    def write(self, folder: Path) -> None:
+        """Into an empty folder, as a model."""
         with self.in_place():
-            return self.model.save(folder)
+            self.model.write(folder)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -107,12 +107,12 @@ class Normalised:
     reference: Batch | None
     token_budget: int
 
-    def save(self, folder: Path) -> Path:
+    def write(self, folder: Path) -> None:
         trained = self.scorer.note
         if self.reference is not None:
             normalise(self.scorer, self.reference, self.token_budget)
         try:
-            return self.scorer.save(folder)
+            self.scorer.write(folder)
         finally:
             self.scorer.note = trained  # the loss goes on seeing the heads' own scale
 

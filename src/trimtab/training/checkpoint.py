@@ -36,7 +36,9 @@ STATE_TENSORS, STATE = "state.safetensors", "state.json"
 
 
 class Saveable(Protocol):
-    def save(self, folder: Path) -> Path: ...
+    def write(self, folder: Path) -> None:
+        """Into an empty folder."""
+        ...
 
 
 class CheckpointConfig(Config):
@@ -101,8 +103,12 @@ class Checkpoints:
         staging = snapshot.stage(target)
         try:
             for name, model in self.models.items():
-                model.save(staging / name)
+                (staging / name).mkdir()
+                model.write(staging / name)
             tree, tensors = _split({name: part.state_dict() for name, part in self.parts.items()}, copy=self.config.background)
+        except snapshot.WRITING as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise self._failed(target, error) from error
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -127,6 +133,11 @@ class Checkpoints:
         finally:
             self._writer.shutdown()
 
+    @staticmethod
+    def _failed(target: Path, error: BaseException) -> RunError:
+        said = f"cannot save a checkpoint: {snapshot.reason(error)}; the one before it is kept"
+        return RunError(said, where=str(target), fix="free space, then `trimtab resume`")
+
     def _finish(self, staging: Path, target: Path, tree: Any, tensors: dict[str, Tensor], facts: dict[str, Any]) -> str:
         try:
             (staging / STATE).write_text(json.dumps(tree), encoding="utf-8")
@@ -137,11 +148,7 @@ class Checkpoints:
             for path in superfluous(self.folder, self.config):
                 shutil.rmtree(path)
         except snapshot.WRITING as error:
-            raise RunError(
-                f"cannot save a checkpoint: {snapshot.reason(error)}; the one before it is kept",
-                where=str(target),
-                fix="free space, then `trimtab resume`",
-            ) from error
+            raise self._failed(target, error) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return target.name
