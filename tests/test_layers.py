@@ -11,8 +11,8 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "trimtab"
 LAYERS = [
-    "errors", "types", "seeds", "batch", "protocols", "config", "places", "kernels", "maths", "data", "models", "engines", "rewards",
-    "algorithms", "training", "stages", "runs", "demo", "exact", "cli",
+    "errors", "types", "seeds", "batch", "protocols", "config", "places", "snapshot", "kernels", "maths", "data", "models", "engines",
+    "rewards", "algorithms", "training", "stages", "runs", "demo", "exact", "cli",
 ]  # fmt: skip
 SIBLINGS = {
     "algorithms": {"base", "group"},

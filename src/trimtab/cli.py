@@ -78,9 +78,14 @@ COMMANDS = {
 TOOLS = {
     "exact": "hold every algorithm against the exact optimum: trimtab exact [--algorithm A] [--quick] [--json] [--output FOLDER]",
     "explain": "one step of a policy run, token by token: trimtab explain RUN STEP [--response N]",
+    "resume": "go on with a run from its newest whole checkpoint: trimtab resume RUN [key=value ...] [--allow-changed]",
     "report": "rebuild RUN/report.html, or compare several runs: trimtab report RUN [RUN...] [--output FILE]",
     "schema": "print the JSON schema of a command's recipe: trimtab schema COMMAND",
 }
+
+
+FREE_TO_CHANGE = {"output", "resume", "trackers", "checkpoint"}
+"""Settings that change no number of a run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,9 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrimtabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; what was written so far is kept", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupted:
+        print("interrupted; what was written so far is kept, and `trimtab resume` goes on with it", file=sys.stderr)
+        return 128 + getattr(interrupted, "signal", 2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -112,7 +117,7 @@ def _dispatch(argv: list[str]) -> int:
         if wants_help:
             print(f"trimtab {name}: {TOOLS[name]}")
             return 0
-        return {"exact": _exact, "explain": _explain, "report": _report, "schema": _schema}[name](rest)
+        return {"exact": _exact, "explain": _explain, "report": _report, "resume": _resume, "schema": _schema}[name](rest)
     if name not in COMMANDS:
         raise _unknown(name)
     if wants_help:
@@ -122,7 +127,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _run(name: str, words: list[str]) -> int:
-    from trimtab.config import load_recipe, to_yaml
+    from trimtab.config import load_recipe
 
     command = COMMANDS[name]
     overwrite = "--overwrite" in words
@@ -135,16 +140,68 @@ def _run(name: str, words: list[str]) -> int:
             )
     _quieten()
     config = load_recipe(_config_of(name), recipe, words)
-    run = _load(command.run)
     if command.kind == "action":
-        run(config)
+        _load(command.run)(config)
         return 0
+    there = (Path(config.output) / "config.yaml").exists()
+    if config.resume == "auto" and there and not overwrite:
+        return _go_on(name, config, allow_changed=False)
+    return _stage(name, config, overwrite=overwrite)
+
+
+def _stage(name: str, config: Any, *, overwrite: bool = False, resume: bool = False) -> int:
+    from trimtab.config import to_yaml
     from trimtab.runs.session import session
 
-    with session(name, config.output, to_yaml(config), trackers=config.trackers, overwrite=overwrite) as directory:
+    command, run = COMMANDS[name], _load(COMMANDS[name].run)
+    how = {"trackers": config.trackers, "overwrite": overwrite, "resume": resume}
+    with session(name, config.output, to_yaml(config), **how) as directory:
         metrics = run(name, config, directory.path, directory) if command.named else run(config, directory.path, directory)
+    if resume and not metrics:
+        print(f"{config.output}: nothing was left to do", file=sys.stderr)
     _print_result(directory.path, metrics)
     return 0
+
+
+def _resume(words: list[str]) -> int:
+    from trimtab.config import load_recipe
+    from trimtab.runs.directory import RunDirectory
+
+    usage = "trimtab resume RUN [key=value ...] [--allow-changed]"
+    allow_changed = "--allow-changed" in words
+    words = [word for word in words if word != "--allow-changed"]
+    if not words or "=" in words[0] or any(word.startswith("--") for word in words):
+        raise ConfigError("name a run", where="command line", fix=usage)
+    run = RunDirectory.open(words[0])
+    stage = next((event["stage"] for event in run.events() if event["event"] == "started"), None)
+    if stage not in COMMANDS:
+        raise ConfigError("the run does not say which stage it is", where=words[0], fix="start it anew")
+    _quieten()
+    config = load_recipe(_config_of(stage), run.path / "config.yaml", [*words[1:], f"output={run.path}"])
+    return _go_on(stage, config, allow_changed=allow_changed)
+
+
+def _go_on(name: str, config: Any, *, allow_changed: bool) -> int:
+    """Resume the run in config.output with this recipe. Raises ConfigError for settings that would make it another run."""
+    from trimtab.config import load_recipe
+    from trimtab.runs.trackers import flatten
+
+    before, after = (
+        flatten(recipe.model_dump(mode="json"))
+        for recipe in (load_recipe(_config_of(name), Path(config.output) / "config.yaml", []), config)
+    )
+    changed = [
+        f"{key} (was {before.get(key)!r}, is {after.get(key)!r})"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key) and key.split(".")[0] not in FREE_TO_CHANGE
+    ]
+    if changed and not allow_changed:
+        raise ConfigError(
+            f"the continuation would not be the same run, because of {'; '.join(changed)}",
+            where=str(config.output),
+            fix=f"set them as they were, or `trimtab resume {config.output} ... --allow-changed`",
+        )
+    return _stage(name, config, resume=True)
 
 
 def _config_of(name: str) -> Any:

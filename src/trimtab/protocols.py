@@ -11,6 +11,16 @@ from trimtab.batch import Batch, Counts, Loss, Outputs
 from trimtab.types import Group, Prompt, Score
 
 
+class Stateful(Protocol):
+    """Something that decides the future of a run and so belongs in a checkpoint."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Tensors and JSON values, in mappings and lists."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 class Engine(Protocol):
     """Samples responses. `seed` fixes every random draw: the same seed, weights and prompts give the same responses."""
 

@@ -79,7 +79,7 @@ def test_an_unchanged_policy_needs_no_step_and_a_changed_one_some() -> None:
     with torch.no_grad():
         fresh.model.plain.get_output_embeddings().weight.mul_(1.05)
     assert tokens(second) != tokens(first)
-    assert tokens(second) == tokens(fresh.sample(PROMPTS, 4, uniform_numbers(sampler._memory.recall(PROMPTS, 0)[0], 4, 12)))
+    assert tokens(second) == tokens(fresh.sample(PROMPTS, 4, uniform_numbers(sampler.memory.recall(PROMPTS, 0)[0], 4, 12)))
 
 
 def test_the_same_prompt_twice_in_a_call_draws_two_groups() -> None:

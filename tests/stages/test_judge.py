@@ -43,7 +43,7 @@ def teach(place: Path, verdict: Callable[[str, str], int]) -> None:
     data = Batch(tuple(group.only([verdict(*texts)]) for group, texts in zip(asked, shown, strict=True)))
     optimiser = Optimiser(model.trainable(), OptimConfig(lr=1e-2), 120)
     plan = FitConfig(batch_size=16, steps=120)
-    metrics = fit(data, model.forward, nll_loss("token"), [optimiser], plan, tiny.Recorder(), Hooks(dict, lambda _: None), seed=0)
+    metrics = fit(data, model.forward, nll_loss("token"), [optimiser], plan, tiny.Recorder(), Hooks(dict), seed=0)
     assert metrics["loss/nll"] < 0.05
     model.save(place / "judge")
 

@@ -78,7 +78,7 @@ def test_a_round_learns_exactly_what_was_kept(place: Path) -> None:
 @pytest.mark.parametrize("arrangement", [("model.lora={rank: 4}",), ("model.dtype=bfloat16",), ("keep=4", "threshold=1")])
 def test_every_arrangement_runs_more_than_one_round(place: Path, arrangement: tuple[str, ...]) -> None:
     tracker = tiny.Recorder()
-    rejection(recipe(place, "rounds=2", "epochs=1", "save_every=1", *arrangement), place / "run", tracker)
+    rejection(recipe(place, "rounds=2", "epochs=1", "checkpoint.every=1", "checkpoint.keep_last=3", *arrangement), place / "run", tracker)
     assert tracker.metrics[0]["kl/mean"] == pytest.approx(0, abs=0.05)
     assert tracker.metrics[1]["kl/mean"] != 0
     assert [details["checkpoint"] for kind, details in tracker.events if kind == "saved"] == ["step-000001", "step-000002"]

@@ -21,8 +21,9 @@ random numbers). What that promises, and what it does not:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -47,6 +48,12 @@ class Memory:
         """Seeds and drafts of these prompts; a new prompt gets a seed from `seed` and has no draft."""
         known = [self.seen.get(key, (seeds.derive(seed, "prompt", i), ())) for i, key in enumerate(_keys(prompts))]
         return [one for one, _ in known], [drafts for _, drafts in known]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": [[list(key), count, seed, [list(r) for r in responses]] for (key, count), (seed, responses) in self.seen.items()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seen = {(tuple(key), count): (seed, tuple(map(tuple, responses))) for key, count, seed, responses in state["seen"]}
 
     def keep(self, groups: Sequence[Group], numbers: Sequence[int]) -> None:
         """Remember these responses as drafts, with the seeds they were drawn with."""

@@ -41,7 +41,7 @@ class LocalEngine:
         self._make_stepper: Callable[[LanguageModel], Stepper] | None = None
         self._stepper: Stepper | None = None
         self._made_from: object = None
-        self._memory = Memory()
+        self.memory = Memory()
 
     @torch.no_grad()
     def load(self, parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -61,9 +61,9 @@ class LocalEngine:
             numbers = torch.Generator().manual_seed(seed)
             uniform = torch.rand(len(prompts) * n, self.sampling.max_tokens, dtype=torch.float64, generator=numbers)
             return self.sample(prompts, n, uniform)
-        seeds, drafts = self._memory.recall(prompts, seed)
+        seeds, drafts = self.memory.recall(prompts, seed)
         groups = self.sample(prompts, n, uniform_numbers(seeds, n, self.sampling.max_tokens), drafts)
-        self._memory.keep(groups, seeds)
+        self.memory.keep(groups, seeds)
         return groups
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from trimtab.data.templates import Template
 from trimtab.models import loading
 from trimtab.models.packed import AttentionLayout
+from trimtab.snapshot import save_atomically
 
 
 class PackedModel:
@@ -36,6 +38,14 @@ class PackedModel:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The model's trainable parameters by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def write(self, folder: Path) -> None:
+        """Into an empty folder, in Hugging Face layout."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> Path:
+        """The same, atomically: the folder is there whole or not at all."""
+        return save_atomically(folder, self.write)
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
         """The trunk's last hidden states [n, width] of a packed sequence."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from trimtab.errors import ModelError
 from trimtab.places import cache_folder
+from trimtab.snapshot import save_atomically
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,6 @@ def default_model() -> Path:
     if (folder / "config.json").exists():  # folders appear by renaming, so whole or not at all
         return folder
     source = _gguf()
-    from trimtab.models.loading import save_atomically
-
     log.warning("converting %s once into %s (about 20 seconds)", NAME, folder)
     return save_atomically(folder, lambda staging: _convert(source, staging))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab.batch import Batch, Outputs
@@ -105,18 +106,12 @@ class LanguageModel(PackedModel):
         with self.model.disable_adapter():
             yield
 
-    def save(self, folder: Path) -> Path:
-        """Save in Hugging Face layout (an adapter as a peft adapter), atomically."""
-
-        def write(staging: Path) -> None:
-            self.model.save_pretrained(staging)
-            loading.save_template(self.template, staging)
-            if self.value_head is not None:
-                from safetensors.torch import save_file
-
-                save_file({name: p.detach().cpu() for name, p in self.value_head.state_dict().items()}, staging / VALUE_HEAD_FILE)
-
-        return loading.save_atomically(folder, write)
+    def write(self, folder: Path) -> None:
+        """Into an empty folder, in Hugging Face layout (an adapter as a peft adapter)."""
+        self.model.save_pretrained(folder)
+        loading.save_template(self.template, folder)
+        if self.value_head is not None:
+            save_file({name: p.detach().cpu() for name, p in self.value_head.state_dict().items()}, folder / VALUE_HEAD_FILE)
 
     @torch.no_grad()
     def _check(self) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trimtab.config import Config
 from trimtab.data.templates import Mode, Template
-from trimtab.errors import ConfigError, ModelError, RunError
+from trimtab.errors import ConfigError, ModelError
 from trimtab.models import packed
 from trimtab.models.allocator import keep_freed_memory
 from trimtab.models.fused import take_kernels
@@ -181,7 +178,7 @@ def _checkpointed(layer: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
-    """Wrap a model with a trainable LoRA adapter (float32, whatever the model's precision)."""
+    """Wrap a model with a trainable LoRA adapter (float32, whatever the model's precision). Its random start is always the same."""
     import peft
 
     lora = peft.LoraConfig(
@@ -192,7 +189,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, task: Literal["CAUSAL_LM",
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
     try:
-        return peft.get_peft_model(model, lora)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return peft.get_peft_model(model, lora)
     except ValueError as error:
         raise ModelError(f"the adapter does not fit the model: {error}", where="model.lora.target_modules", fix="use all-linear") from None
 
@@ -210,33 +209,6 @@ def plain_attention(model: Any) -> Iterator[Any]:
         yield model
     finally:
         model.set_attn_implementation(packed.ATTENTION)
-
-
-def save_atomically(folder: Path, write: Callable[[Path], object]) -> Path:
-    """Fill a folder beside its final place, then rename: it is there whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write(staging)
-        for file in staging.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        staging.chmod(0o755)
-        if folder.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.rename(folder, retired / folder.name)
-            os.rename(staging, folder)
-            shutil.rmtree(retired)
-        else:
-            os.rename(staging, folder)
-    except OSError as error:
-        raise RunError(
-            f"cannot save: {error.strerror or error}", where=str(folder), fix="free space or choose another output folder"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return folder
 
 
 def _architecture(path: str, layers: int | None, options: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from pydantic import Field
 from trimtab.config import Config
 from trimtab.models import loading
 from trimtab.models.loading import ModelConfig
+from trimtab.snapshot import save_atomically
 
 
 class MergeConfig(Config):
@@ -32,6 +33,6 @@ def merge(config: MergeConfig) -> Path:
         model.save_pretrained(folder)
         loading.save_template(template, folder)
 
-    written = loading.save_atomically(Path(config.output), write)
+    written = save_atomically(Path(config.output), write)
     print(written)
     return written

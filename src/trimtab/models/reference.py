@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -86,10 +86,17 @@ class MovingReference(Reference):
         elif how.role == "synced" and taken % how.every == 0:
             self.move(0.0)
 
-    def save(self, folder: Path) -> Path:
-        """Save as a model."""
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, weight in self.weights.items():
+            weight.copy_(state["weights"][name])
+
+    def write(self, folder: Path) -> None:
+        """Into an empty folder, as a model."""
         with self.in_place():
-            return self.model.save(folder)
+            self.model.write(folder)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -25,8 +25,8 @@ from trimtab import kernels
 from trimtab.batch import Batch
 from trimtab.errors import RunError
 from trimtab.models.base import PackedModel
-from trimtab.models.loading import save_atomically
 from trimtab.places import cache_folder
+from trimtab.snapshot import save_atomically
 from trimtab.types import Group
 
 FORMAT = 3

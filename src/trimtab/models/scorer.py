@@ -146,20 +146,17 @@ class Scorer(PackedModel):
                 fix="use a reward model with the policy's tokenizer and template",
             ) from error
 
-    def save(self, folder: Path) -> Path:
-        """Save in Hugging Face layout, atomically.
+    def write(self, folder: Path) -> None:
+        """Into an empty folder, in Hugging Face layout.
 
         transformers reads a batch's score at the last token that is not padding, so the saved padding token must not be a
         token that ends a response: a different special token is named when the tokenizer pads with EOS.
         """
 
-        def write(staging: Path) -> None:
-            self.plain.config.pad_token_id = self._padding_token()
-            self.model.save_pretrained(staging)
-            loading.save_template(self.template, staging)
-            self.note.write(staging)
-
-        return loading.save_atomically(folder, write)
+        self.plain.config.pad_token_id = self._padding_token()
+        self.model.save_pretrained(folder)
+        loading.save_template(self.template, folder)
+        self.note.write(folder)
 
     def _ended(self, group: Group) -> Group:
         end, ends = self.template.end_id, self.template.eos_ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -56,6 +57,29 @@ class RewardConfig(Config):
         if (self.ensemble_weights is None) == (self.ensemble == "weighted"):
             raise ValueError("ensemble=weighted and ensemble_weights go together")
         return self
+
+
+class State:
+    """What a reward has gathered (running statistics), and all the rewards it is made of."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(i): part.state_dict() for i, part in enumerate(self._parts())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for i, part in enumerate(self._parts()):
+            part.load_state_dict(state[str(i)])
+
+    def _parts(self) -> Iterator[Any]:
+        """The rewards with a state, in the order in which they are nested."""
+        waiting: list[Any] = [self.reward]
+        while waiting:
+            reward = waiting.pop(0)
+            if hasattr(reward, "state_dict"):
+                yield reward
+            waiting = [*getattr(reward, "members", ()), *([reward.member] if hasattr(reward, "member") else []), *waiting]
 
 
 def make(config: RewardConfig, *, where: str = "reward", device: str = "auto", policy: Template | None = None) -> Reward:

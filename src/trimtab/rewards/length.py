@@ -58,12 +58,12 @@ class LengthDebiased:
     """
 
     def __init__(self, reward: Reward, per: Unit = "token") -> None:
-        self.reward, self.per = reward, per
+        self.member, self.per = reward, per
         self.name: str = reward.name
         self.line = RunningLine()
 
     def score(self, groups: Sequence[Group]) -> list[list[Score]]:
-        raw = self.reward.score(groups)
+        raw = self.member.score(groups)
         lengths = [[float(length_of(response, self.per)) for response in group.responses] for group in groups]
         self.line.observe(_column(lengths), _column([[score.total for score in row] for row in raw]))
         return [

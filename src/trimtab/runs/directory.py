@@ -27,12 +27,19 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
+from trimtab import snapshot
 from trimtab.errors import RunError, TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.protocols import Tracker
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 STREAMS = ("metrics", "samples", "events")
+LOCK = ".lock"
 
 
 class RunDirectory:
@@ -48,6 +55,7 @@ class RunDirectory:
         self._files: dict[str, IO[str]] = {}
         self._aside: Path | None = None  # the run this one replaces, until it has taken a step
         self._stepped = False
+        self._held: IO[str] | None = None
 
     @classmethod
     def create(cls, path: str | Path, config_yaml: str, trackers: Sequence[Tracker] = (), *, overwrite: bool = False) -> RunDirectory:
@@ -61,14 +69,52 @@ class RunDirectory:
             if run.path.exists() and any(run.path.iterdir()):
                 run._set_aside(overwrite)
             (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            run._lock()
             (run.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
             for stream in STREAMS:
-                # A lone surrogate in a data row has no UTF-8; as a backslash escape it is valid JSON and reads back unchanged.
-                run._files[stream] = (run.path / f"{stream}.jsonl").open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
+                run._files[stream] = run._writer(stream, "w")
         except OSError as error:
             run._bring_back()
             raise RunError(f"cannot write here: {error.strerror}", where=str(path), fix="choose a folder you can write to") from None
         return run
+
+    @classmethod
+    def resume(cls, path: str | Path, config_yaml: str | None = None) -> tuple[RunDirectory, int]:
+        """Go on with an earlier run: its streams are cut back to its newest whole checkpoint, whose step comes too.
+
+        config_yaml: the recipe it goes on with, if that has changed. Checkpoints that are damaged are put aside. Raises RunError if there
+        is no run, or nothing to go on from.
+        """
+        run = cls.open(path)
+        try:
+            run._lock()
+            return run, run._go_back(config_yaml)
+        except OSError as error:
+            raise RunError(f"cannot write here: {error.strerror}", where=str(path), fix="make the folder writable") from None
+        finally:
+            if not run._files:
+                run._unlock()
+
+    def _go_back(self, config_yaml: str | None) -> int:
+        """To the newest whole checkpoint; returns its step, 0 if there was none yet."""
+        checkpoints = self.path / "checkpoints"
+        step, wrong = snapshot.last_good(checkpoints)
+        if step is None and wrong:
+            said = "; ".join(f"{folder.name}: {fault}" for folder, fault in wrong.items())
+            raise RunError(f"no checkpoint is whole ({said})", where=str(self.path), fix="start anew, with another output or --overwrite")
+        for folder in wrong:
+            folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
+        if config_yaml is not None:
+            fresh = self.path / ".config.yaml"
+            fresh.write_text(config_yaml, encoding="utf-8")
+            os.replace(fresh, self.path / "config.yaml")
+        for stream in STREAMS:
+            self._cut(stream, None if stream == "events" else step or 0)
+        self._files = {stream: self._writer(stream, "a") for stream in STREAMS}
+        self._stepped = True
+        for folder, fault in wrong.items():
+            self.event("checkpoint damaged", checkpoint=folder.name, fault=fault)
+        return step or 0
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -103,6 +149,7 @@ class RunDirectory:
         for file in self._files.values():
             file.close()
         self._files.clear()
+        self._unlock()
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -146,11 +193,50 @@ class RunDirectory:
             raise RunError("config.yaml is damaged", where=str(self.path), fix="restore it, or run the stage again")
         return loaded
 
+    def _lock(self) -> None:
+        """Hold the folder for this process. Raises RunError if another one does."""
+        if fcntl is None:
+            return
+        held = (self.path / LOCK).open("w")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            held.close()
+            raise RunError("another process works on this run", where=str(self.path), fix="wait for it, or choose another output") from None
+        self._held = held
+
+    def _unlock(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def _writer(self, stream: str, mode: str) -> IO[str]:
+        # A lone surrogate in a data row has no UTF-8; as a backslash escape it is valid JSON and reads back unchanged.
+        return (self.path / f"{stream}.jsonl").open(mode, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+    def _cut(self, stream: str, step: int | None) -> None:
+        """Shorten a stream to the lines before a step (null: to its whole lines)."""
+        path = self.path / f"{stream}.jsonl"
+        kept = 0
+        with path.open("ab+") as file:
+            file.seek(0)
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith(b"\n") or (step is not None and row["step"] >= step):
+                    break
+                kept += len(line)
+            file.truncate(kept)
+
     def _set_aside(self, overwrite: bool) -> None:
         if not (self.path / "config.yaml").exists():
             raise RunError("this folder holds something other than a run", where=str(self.path), fix="choose another output")
         if not overwrite:
             raise RunError("this folder already holds a run", where=str(self.path), fix="choose another output, or add --overwrite")
+        self._lock()
+        self._unlock()
         aside = self.path.with_name(f".{self.path.name}-replaced-{os.getpid()}")
         self.path.rename(aside)
         self._aside = aside

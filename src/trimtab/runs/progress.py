@@ -32,14 +32,17 @@ class Progress:
     def __init__(self, title: str, keys: Sequence[str] = HEADLINES) -> None:
         self.title, self.keys, self.total = title, keys, 0
         self._bar: tuple[Bar, TaskID] | None = None
-        self._start = time.monotonic()
+        self._start, self._done = time.monotonic(), 0
         self._last_line: float | None = None
 
     def event(self, kind: str, **details: Any) -> None:
         if kind == "training":
-            self.total, self._start = int(details["steps"]), time.monotonic()
+            self.total, self._start, self._done = int(details["steps"]), time.monotonic(), int(details.get("done", 0))
             if sys.stderr.isatty():
                 self._bar = _open(self.title, self.total)
+        if kind == "environment changed":
+            what = ", ".join(f"{name} {change['was']} -> {change['is']}" for name, change in details.items())
+            print(f"{self.title}: the continuation will round differently from the run so far: {what}", file=sys.stderr)
         if details.get("skipped"):
             print(f"{self.title}: {details['skipped']} rows were skipped; events.jsonl lists them", file=sys.stderr)
 
@@ -51,7 +54,7 @@ class Progress:
             bar.update(task, completed=done, shown=shown)
         elif self._last_line is None or now - self._last_line > SECONDS_BETWEEN_LINES or done == self.total:
             self._last_line = now
-            left = (now - self._start) / done * max(self.total - done, 0)
+            left = (now - self._start) / max(1, done - self._done) * max(self.total - done, 0)
             count = f"{done}/{self.total}, {left:.0f} s left" if self.total else str(done)
             print(f"{self.title}: step {count}  {shown}".rstrip(), file=sys.stderr, flush=True)
 

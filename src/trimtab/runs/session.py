@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +17,26 @@ from trimtab.runs.trackers import make
 
 
 @contextmanager
-def session(stage: str, output: str, config_yaml: str, *, trackers: Sequence[str] = (), overwrite: bool = False) -> Iterator[RunDirectory]:
+def session(
+    stage: str, output: str, config_yaml: str, *, trackers: Sequence[str] = (), overwrite: bool = False, resume: bool = False
+) -> Iterator[RunDirectory]:
     """Open a run directory for a stage; whatever way it ends, its report is written if there is anything to report."""
-    path = Path(output)
-    directory = RunDirectory.create(path, config_yaml, overwrite=overwrite)
+    path, step = Path(output), None
+    if resume:
+        directory, step = RunDirectory.resume(path, config_yaml)
+    else:
+        directory = RunDirectory.create(path, config_yaml, overwrite=overwrite)
     try:
         with directory:
             directory.trackers = [Progress(stage), *make(trackers, path, path.name, yaml.safe_load(config_yaml))]
-            directory.event("started", stage=stage, trimtab=__version__)
+            if step is None:
+                directory.event("started", stage=stage, trimtab=__version__)
+            else:
+                directory.event("resumed", stage=stage, trimtab=__version__, step=step)
             yield directory
     finally:
         if (path / "metrics.jsonl").exists() and (path / "metrics.jsonl").stat().st_size:
-            write_report([path], path / "report.html")
+            try:
+                write_report([path], path / "report.html")
+            except OSError as error:  # the run itself matters more
+                print(f"the report could not be written: {error.strerror}", file=sys.stderr)

@@ -16,7 +16,7 @@ from trimtab.models.language import LanguageModel
 from trimtab.models.reference import Reference
 from trimtab.models.scorer import Scorer
 from trimtab.protocols import Algorithm
-from trimtab.stages.common import Saveable
+from trimtab.training.checkpoint import Saveable
 from trimtab.training.optimiser import OptimConfig, Optimiser
 from trimtab.training.update import Ahead, look_ahead, update
 
@@ -52,7 +52,11 @@ class ActorCritic(Protocol):
         ...
 
     def saveables(self) -> dict[str, Saveable]:
-        """What a checkpoint holds, by folder name."""
+        """The models, by folder name."""
+        ...
+
+    def optimisers(self) -> dict[str, Optimiser]:
+        """What holds the weights that are trained, by name."""
         ...
 
 
@@ -102,6 +106,9 @@ class PolicyOnly:
     def saveables(self) -> dict[str, Saveable]:
         return {"model": self.policy}
 
+    def optimisers(self) -> dict[str, Optimiser]:
+        return {"policy": self.optimiser}
+
 
 class SharedTrunk(PolicyOnly):
     """A value head on the policy's hidden states: one forward and backward pass trains both."""
@@ -123,6 +130,9 @@ class SharedTrunk(PolicyOnly):
         critic = {"critic/loss": metrics.pop("value_loss"), "critic/lr": self.head_optimiser.lr(at)}
         metrics["loss"] = metrics.pop("policy_loss")
         return _named("policy", metrics) | {"policy/lr": self.optimiser.lr(at)} | critic
+
+    def optimisers(self) -> dict[str, Optimiser]:
+        return {"policy": self.optimiser, "value_head": self.head_optimiser}
 
     def learn_values(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
         metrics = update(
@@ -156,6 +166,9 @@ class OwnCritic(PolicyOnly):
 
     def saveables(self) -> dict[str, Saveable]:
         return {"model": self.policy, "critic": self.scorer}
+
+    def optimisers(self) -> dict[str, Optimiser]:
+        return {"policy": self.optimiser, "critic": self.critic_optimiser}
 
 
 def _named(prefix: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -1,11 +1,9 @@
-"""What every stage's recipe has, and where a stage leaves its models."""
+"""What every stage's recipe has, and what several stages do."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, create_model
@@ -14,7 +12,7 @@ from trimtab.batch import Batch, Counts, Loss, LossFunction, Outputs
 from trimtab.config import Config
 from trimtab.errors import DataError
 from trimtab.maths.reductions import Aggregation, aggregate
-from trimtab.protocols import Tracker
+from trimtab.training.checkpoint import CheckpointConfig
 from trimtab.types import Comparison, Group, Prompt, Response
 
 
@@ -23,6 +21,8 @@ class StageConfig(Config):
 
     output: str = Field(description="the run directory to write")
     seed: int = Field(0, ge=0, description="decides every random draw of the run")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when the run is saved")
+    resume: Literal["never", "auto"] = Field("never", description="auto: go on with the run that is in output, if there is one")
     trackers: list[str] = Field(default_factory=list, description="also report to: tensorboard, wandb, mlflow")
 
 
@@ -35,23 +35,6 @@ def recipe_type(name: str, base: type[StageConfig], algorithm: type[Config]) -> 
         output=(str, Field(f"runs/{name}", description="the run directory to write")),
         algorithm=(algorithm, Field(default_factory=algorithm, description=f"settings of {name}")),
     )
-
-
-class Saveable(Protocol):
-    def save(self, folder: Path) -> Path: ...
-
-
-def save_checkpoint(run: Path, step: int, tracker: Tracker, **models: Saveable) -> Path:
-    """Save models in RUN/checkpoints/step-N/NAME and point RUN/checkpoints/last at them."""
-    folder = run / "checkpoints" / f"step-{step:06d}"
-    for name, model in models.items():
-        model.save(folder / name)
-    link = folder.parent / ".last"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name, target_is_directory=True)
-    os.replace(link, folder.parent / "last")
-    tracker.event("saved", checkpoint=folder.name)
-    return folder
 
 
 def check_lengths(groups: list[Group], context: int, what: str) -> None:

@@ -10,13 +10,18 @@ The sampler gets new weights only between two steps, when nothing is being sampl
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from dataclasses import fields
+from typing import Any, Generic, TypeVar
 
 from trimtab.models.language import LanguageModel
+from trimtab.training.clock import Clock
+from trimtab.types import Group, Prompt, Response, Score
 
 T = TypeVar("T")
+Sampled = tuple[list[Group], list[list[Score]], int]
+"""Groups, their scores, and how many groups were dropped."""
 
 
 def second(policy: LanguageModel) -> LanguageModel:
@@ -51,6 +56,16 @@ class Overlap(Generic[T]):
         self.begun = (step + 1, self.worker.submit(self.make, step + 1)) if more else None
         return rollout
 
+    def pending(self) -> tuple[int, T] | None:
+        """The rollout that is begun, when it is done, and its step."""
+        return None if self.begun is None else (self.begun[0], self.begun[1].result())
+
+    def begin_with(self, step: int, rollout: T) -> None:
+        """Have the rollout of a step already: it was made before the run was resumed."""
+        done: Future[T] = Future()
+        done.set_result(rollout)
+        self.begun = step, done
+
     def wait(self) -> None:
         """Until nothing is being sampled."""
         if self.begun is not None:
@@ -59,3 +74,47 @@ class Overlap(Generic[T]):
     def close(self) -> None:
         """End the thread, after what it has begun."""
         self.worker.shutdown(cancel_futures=True)
+
+
+class Begun:
+    """The rollout that is begun, as part of a checkpoint: the weights it was drawn with are gone by then."""
+
+    def __init__(self, overlap: Overlap[tuple[Sampled, Clock]]) -> None:
+        self.overlap = overlap
+
+    def state_dict(self) -> dict[str, Any]:
+        pending = self.overlap.pending()
+        if pending is None:
+            return {"step": None}
+        step, ((groups, scores, dropped), _) = pending
+        return {
+            "step": step,
+            "groups": [
+                {"prompt": _fields(group.prompt), "responses": [_fields(response) for response in group.responses]} for group in groups
+            ],
+            "scores": [[_fields(score) for score in row] for row in scores],
+            "dropped": dropped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["step"] is None:
+            return
+        groups = [
+            Group(_made(Prompt, saved["prompt"]), tuple(_made(Response, response) for response in saved["responses"]))
+            for saved in state["groups"]
+        ]
+        scores = [[_made(Score, score) for score in row] for row in state["scores"]]
+        self.overlap.begin_with(state["step"], ((groups, scores, state["dropped"]), Clock()))
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+def _made(kind: Any, saved: Mapping[str, Any]) -> Any:
+    """A record from JSON, whose lists are tuples again."""
+    return kind(**{name: _tuples(value) for name, value in saved.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

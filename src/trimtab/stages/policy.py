@@ -26,17 +26,18 @@ from trimtab.engines.sampling import SamplingConfig
 from trimtab.errors import ConfigError
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
-from trimtab.models.reference import Reference, make_reference
+from trimtab.models.reference import MovingReference, Reference, make_reference
 from trimtab.models.scorer import Scorer
-from trimtab.protocols import Algorithm, Reward, Tracker
+from trimtab.protocols import Algorithm, Reward, Stateful, Tracker
 from trimtab.rewards import RewardConfig
 from trimtab.rewards.model import ModelReward
 from trimtab.rewards.shaping import RewardShaping, ShapingConfig
 from trimtab.stages.actor_critic import ActorCritic, CriticConfig, OwnCritic, Passes, PolicyOnly, SharedTrunk
-from trimtab.stages.common import StageConfig, recipe_type, save_checkpoint
+from trimtab.stages.common import StageConfig, recipe_type
 from trimtab.stages.explanation import Explained, write_explanation
-from trimtab.stages.overlap import Overlap, second
+from trimtab.stages.overlap import Begun, Overlap, Sampled, second
 from trimtab.stages.policy_metrics import Rollout, describe, merged, sample_rows, staleness
+from trimtab.training.checkpoint import Checkpoints, each_step
 from trimtab.training.clock import Clock
 from trimtab.training.optimiser import OptimConfig
 from trimtab.types import Group, Score
@@ -63,7 +64,6 @@ class PolicyConfig(StageConfig):
     prompts_per_step: int = Field(8, gt=0, description="prompts per rollout batch")
     responses_per_prompt: int = Field(4, gt=0, description="responses sampled for each prompt; they share its encoding")
     micro_batch_tokens: int = Field(2048, gt=0, description="packed tokens per forward and backward pass: lower needs less memory")
-    save_every: int | None = Field(None, gt=0, description="steps between checkpoints (one is always saved at the end)")
     overlap: bool = Field(
         False,
         description="sample and score the next rollout beside the update, with a copy of what is trained: what is learnt from is then one "
@@ -111,27 +111,21 @@ def policy(name: str, config: PolicyConfig, run: Path, tracker: Tracker) -> dict
     """Improve a policy against a reward with the algorithm `name`; returns the last step's metrics."""
     with closing(PolicyLearning(name, config)) as learner:
         learner.data_report(tracker)
-        tracker.event("training", steps=config.steps, prompts=len(learner.prompts))
-        metrics: dict[str, float] = {}
-        for step in range(config.steps):
-            last = step + 1 == config.steps
-            try:
-                rollout, metrics = learner.step(step)
-            except KeyboardInterrupt:
-                save_checkpoint(run, step, tracker, **learner.actor.saveables())
-                raise
+        checkpoints = Checkpoints(run, config.checkpoint, tracker, learner.parts(), learner.actor.saveables())
+        start = checkpoints.restore()
+        learner.begin(start)
+        tracker.event("training", steps=config.steps, prompts=len(learner.prompts), done=start)
+
+        def one(step: int) -> dict[str, float]:
+            rollout, metrics = learner.step(step)
             tracker.log(step, metrics)
             if learner.recorded(step):
                 tracker.samples(step, sample_rows(rollout))
                 if config.explain_prompts:
                     write_explanation(run, step, learner.explain(rollout))
-            if last or (config.save_every and (step + 1) % config.save_every == 0):
-                save_checkpoint(run, step + 1, tracker, **learner.actor.saveables())
-        return metrics
+            return metrics
 
-
-Sampled = tuple[list[Group], list[list[Score]], int]
-"""Groups, their scores, and how many groups were dropped."""
+        return each_step(one, start, config.steps, checkpoints)
 
 
 class PolicyLearning:
@@ -176,6 +170,18 @@ class PolicyLearning:
         metrics |= {"rollout/staleness": staleness(groups, step)} if config.overlap else {}
         metrics |= {"progress/epoch": self._cursor(0).epoch(step + 1), **clock.seconds}
         return Rollout(batch, scores), metrics
+
+    def parts(self) -> dict[str, Stateful]:
+        """What decides the rest of a run."""
+        parts: dict[str, Stateful] = {**self.actor.optimisers(), "algorithm": self.algorithm, "shaping": self.shaping}
+        parts |= {"reward": rewards.State(self.reward), "memory": self.engine.memory}
+        parts |= {"reference": self.reference} if isinstance(self.reference, MovingReference) else {}
+        return parts | ({"overlap": Begun(self.overlap)} if self.overlap else {})
+
+    def begin(self, step: int) -> None:
+        """Go on after `step` steps, whose state is in the parts."""
+        if self.overlap is None:
+            self.engine.load((), step)
 
     def rollout(self, step: int, clock: Clock) -> Sampled:
         """What is learnt from at a step: sampled now, or, with overlap, begun a step ago."""

@@ -28,7 +28,8 @@ from trimtab.models.loading import ModelConfig
 from trimtab.models.reference import MovingReference
 from trimtab.models.reference_cache import Found, ReferenceCache
 from trimtab.protocols import Tracker
-from trimtab.stages.common import StageConfig, check_lengths, comparison_batch, recipe_type, save_checkpoint
+from trimtab.stages.common import StageConfig, check_lengths, comparison_batch, recipe_type
+from trimtab.training.checkpoint import Checkpoints
 from trimtab.training.fit import FitConfig, Hooks, fit
 from trimtab.training.optimiser import OptimConfig, Optimiser
 from trimtab.training.update import Ahead, look_ahead
@@ -104,11 +105,13 @@ class PreferenceLearning:
 
     def fit(self, run: Path, tracker: Tracker) -> dict[str, float]:
         """Train; returns the last metrics."""
-        config, saved = self.config, {"reference": self.moving} if self.moving else {}
-        hooks = Hooks(self.evaluate, lambda step: save_checkpoint(run, step, tracker, model=self.model, **saved), self.prepare)
-        data, model = self.data.batch, self.model
+        config, data, model = self.config, self.data.batch, self.model
         optimiser = Optimiser(model.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
-        return fit(data, self.forward, self.algorithm.loss, [optimiser], config.fit, tracker, hooks, seed=config.seed)
+        moving: dict[str, Any] = {"reference": self.moving} if self.moving else {}
+        parts = {"model": optimiser, "algorithm": self.algorithm, **moving}
+        checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, {"model": model, **moving})
+        hooks, loss = Hooks(self.evaluate, self.prepare), self.algorithm.loss
+        return fit(data, self.forward, loss, [optimiser], config.fit, tracker, hooks, seed=config.seed, checkpoints=checkpoints)
 
     def prepare(self, batch: Batch, step: int) -> Batch:
         """Before an update: move the reference if it is time, and let the loss see the minibatch whole."""

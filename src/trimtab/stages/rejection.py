@@ -28,10 +28,11 @@ from trimtab.maths.reductions import Aggregation
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 from trimtab.models.reference import frozen_reference
-from trimtab.protocols import Tracker
+from trimtab.protocols import Stateful, Tracker
 from trimtab.rewards import RewardConfig
-from trimtab.stages.common import StageConfig, nll_loss, sample_row, save_checkpoint
+from trimtab.stages.common import StageConfig, nll_loss, sample_row
 from trimtab.stages.sample import select
+from trimtab.training.checkpoint import Checkpoints, each_step
 from trimtab.training.fit import FitConfig, Hooks, fit
 from trimtab.training.optimiser import OptimConfig, Optimiser
 from trimtab.types import Group, Score
@@ -61,7 +62,6 @@ class RejectionConfig(StageConfig):
         default_factory=lambda: OptimConfig(lr=1e-5, schedule="constant"), description="its schedule begins anew every round"
     )
     aggregation: Aggregation = Field("token", description="how per-token losses are averaged")
-    save_every: int | None = Field(None, gt=0, description="rounds between checkpoints (one is always saved at the end)")
 
     @model_validator(mode="after")
     def _something_to_choose(self) -> RejectionConfig:
@@ -85,16 +85,12 @@ class Sampled:
 def rejection(config: RejectionConfig, run: Path, tracker: Tracker) -> dict[str, float]:
     """Sample, select and fine-tune for `rounds` rounds. Logs one line a round, and one of the final policy, whose metrics it returns."""
     rounds = Rounds(config, tracker)
-    tracker.event("training", steps=config.rounds + 1, prompts=len(rounds.prompts))
-    for number in range(config.rounds):
-        try:
-            rounds.one(number)
-        except KeyboardInterrupt:
-            save_checkpoint(run, number, tracker, model=rounds.model)
-            raise
-        if config.save_every and (number + 1) % config.save_every == 0 and number + 1 < config.rounds:
-            save_checkpoint(run, number + 1, tracker, model=rounds.model)
-    save_checkpoint(run, config.rounds, tracker, model=rounds.model)
+    parts: dict[str, Stateful] = {"model": rounds.optimiser, "memory": rounds.engine.memory, "reward": rewards.State(rounds.reward)}
+    checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, {"model": rounds.model})
+    start = checkpoints.restore()
+    rounds.engine.load((), start)
+    tracker.event("training", steps=config.rounds + 1, prompts=len(rounds.prompts), done=start)
+    each_step(rounds.one, start, config.rounds, checkpoints)
     return rounds.report(config.rounds, rounds.sample(config.rounds), {})
 
 
@@ -113,8 +109,8 @@ class Rounds:
         self.engine = LocalEngine(self.model, config.sampling, config.engine)
         self.optimiser = Optimiser(self.model.trainable(), config.optim, 1)
 
-    def one(self, number: int) -> None:
-        """One round."""
+    def one(self, number: int) -> dict[str, float]:
+        """One round; returns its metrics."""
         sampled = self.sample(number)
         chosen = Batch(tuple(group.only(kept) for group, kept in zip(sampled.groups, sampled.kept, strict=True) if kept))
         if not chosen.groups:
@@ -125,7 +121,7 @@ class Rounds:
             )
         learnt = self.learn(chosen, number)
         self.engine.load((), number + 1)
-        self.report(number, sampled, learnt)
+        return self.report(number, sampled, learnt)
 
     def sample(self, number: int) -> Sampled:
         """The round's prompts, answered n times by the policy as it is, scored and selected."""
@@ -149,8 +145,7 @@ class Rounds:
         plan = FitConfig(batch_size=config.batch_size, epochs=config.epochs, micro_batch_tokens=config.micro_batch_tokens)
         self.optimiser.total_steps = plan.total_steps(len(chosen.groups))
         seed = seeds.derive(config.seed, "order of the kept", number)
-        nothing = Hooks(dict, lambda _: None)
-        fit(chosen, self.model.forward, nll_loss(config.aggregation), [self.optimiser], plan, losses, nothing, seed=seed)
+        fit(chosen, self.model.forward, nll_loss(config.aggregation), [self.optimiser], plan, losses, Hooks(dict), seed=seed)
         return losses.means()
 
     def report(self, number: int, sampled: Sampled, learnt: Mapping[str, float]) -> dict[str, float]:

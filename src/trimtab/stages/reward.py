@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,8 @@ from trimtab.maths.statistics import wilson_interval
 from trimtab.models.loading import ModelConfig
 from trimtab.models.scorer import Scorer
 from trimtab.protocols import Tracker
-from trimtab.stages.common import StageConfig, check_lengths, comparison_batch, save_checkpoint
+from trimtab.stages.common import StageConfig, check_lengths, comparison_batch
+from trimtab.training.checkpoint import Checkpoints
 from trimtab.training.fit import FitConfig, Hooks, fit
 from trimtab.training.optimiser import OptimConfig, Optimiser
 from trimtab.types import Comparison
@@ -85,20 +87,34 @@ def reward(config: RewardModelConfig, run: Path, tracker: Tracker) -> dict[str, 
     def evaluate() -> dict[str, float]:
         return held_out_metrics(scorer, held_out, config.loss.kind, budget) if held_out.groups else {}
 
-    def save(step: int) -> None:
-        trained = scorer.note
-        if reference is not None:
-            normalise(scorer, reference, budget)
-        save_checkpoint(run, step, tracker, model=scorer)
-        scorer.note = trained  # the loss goes on seeing the heads' own scale
-
     steps, parameters = config.fit.total_steps(len(data.groups)), scorer.trainable()
     head = {name: parameters.pop(name) for name in list(parameters) if "score." in name}
     optimisers = [Optimiser(own, how, steps) for own, how in ((parameters, config.optim), (head, config.head_optim)) if own]
     forward = scorer.scores if READS[config.loss.kind] == "response" else scorer.token_scores
-    metrics = fit(data, forward, reward_loss(config.loss), optimisers, config.fit, tracker, Hooks(evaluate, save), seed=config.seed)
+    parts = {f"optimiser_{i}": optimiser for i, optimiser in enumerate(optimisers)}
+    checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, {"model": Normalised(scorer, reference, budget)})
+    loss, hooks = reward_loss(config.loss), Hooks(evaluate)
+    metrics = fit(data, forward, loss, optimisers, config.fit, tracker, hooks, seed=config.seed, checkpoints=checkpoints)
     tracker.event("result", **{name: value for name, value in metrics.items() if name.startswith("eval/")})
     return metrics
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """A scorer as it is saved: with mean 0 and standard deviation 1 on the reference responses, if there are any."""
+
+    scorer: Scorer
+    reference: Batch | None
+    token_budget: int
+
+    def write(self, folder: Path) -> None:
+        trained = self.scorer.note
+        if self.reference is not None:
+            normalise(self.scorer, self.reference, self.token_budget)
+        try:
+            self.scorer.write(folder)
+        finally:
+            self.scorer.note = trained  # the loss goes on seeing the heads' own scale
 
 
 def _scorer(config: RewardModelConfig) -> Scorer:

@@ -16,7 +16,8 @@ from trimtab.maths.reductions import Aggregation
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 from trimtab.protocols import Tracker
-from trimtab.stages.common import StageConfig, check_lengths, nll_loss, save_checkpoint
+from trimtab.stages.common import StageConfig, check_lengths, nll_loss
+from trimtab.training.checkpoint import Checkpoints
 from trimtab.training.fit import FitConfig, Hooks, fit
 from trimtab.training.optimiser import OptimConfig, Optimiser
 
@@ -48,6 +49,7 @@ def sft(config: SFTConfig, run: Path, tracker: Tracker) -> dict[str, float]:
         nll = float(-logprobs[held_out.mask].mean())
         return {"eval/nll": nll, "eval/perplexity": float(torch.tensor(nll).exp())}
 
-    hooks = Hooks(evaluate, lambda step: save_checkpoint(run, step, tracker, model=model))
     optimiser = Optimiser(model.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
-    return fit(data, model.forward, nll_loss(config.aggregation), [optimiser], config.fit, tracker, hooks, seed=config.seed)
+    checkpoints = Checkpoints(run, config.checkpoint, tracker, {"model": optimiser}, {"model": model})
+    loss, hooks = nll_loss(config.aggregation), Hooks(evaluate)
+    return fit(data, model.forward, loss, [optimiser], config.fit, tracker, hooks, seed=config.seed, checkpoints=checkpoints)

@@ -11,6 +11,7 @@ from trimtab.batch import Batch, LossFunction, Outputs
 from trimtab.config import Config
 from trimtab.data.cursor import Cursor
 from trimtab.protocols import Tracker
+from trimtab.training.checkpoint import Checkpoints, each_step
 from trimtab.training.clock import Clock
 from trimtab.training.optimiser import Optimiser
 from trimtab.training.update import update
@@ -24,7 +25,6 @@ class FitConfig(Config):
     steps: int | None = Field(None, gt=0, description="optimiser steps; overrides epochs")
     micro_batch_tokens: int = Field(2048, gt=0, description="packed tokens per forward and backward pass: lower needs less memory")
     eval_every: int | None = Field(None, gt=0, description="steps between evaluations on the held-out part (it is always done at the end)")
-    save_every: int | None = Field(None, gt=0, description="steps between checkpoints (one is always saved at the end)")
 
     def total_steps(self, groups: int) -> int:
         """Optimiser steps of the whole run."""
@@ -33,13 +33,12 @@ class FitConfig(Config):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a stage does now and then: measure on held-out data, save, and see a minibatch whole before it is cut.
+    """What a stage does now and then: measure on held-out data, and see a minibatch whole before it is cut.
 
     prepare: takes the minibatch of a step (counted from 0) before its update, and gives it back with further columns.
     """
 
     evaluate: Callable[[], dict[str, float]]
-    save: Callable[[int], object]
     prepare: Callable[[Batch, int], Batch] | None = None
 
 
@@ -53,30 +52,27 @@ def fit(
     hooks: Hooks,
     *,
     seed: int,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
-    """Train for `config.total_steps` steps; returns the metrics of the last one."""
+    """Train for `config.total_steps` steps, from the newest checkpoint on if there is one; returns the metrics of the last step."""
     total = config.total_steps(len(data.groups))
     cursor = Cursor(len(data.groups), min(config.batch_size, len(data.groups)), seed)
-    tracker.event("training", steps=total, groups=len(data.groups))
-    metrics: dict[str, float] = {}
-    for step in range(total):
+    start = checkpoints.restore() if checkpoints else 0
+    tracker.event("training", steps=total, groups=len(data.groups), done=start)
+
+    def one(step: int) -> dict[str, float]:
         clock = Clock()
         batch = data.select(cursor.at(step))
-        try:
-            if hooks.prepare is not None:
-                with clock("prepare"):
-                    batch = hooks.prepare(batch, step)
-            raw = update(batch, forward, loss, optimisers, at=step, token_budget=config.micro_batch_tokens, clock=clock)
-        except KeyboardInterrupt:
-            hooks.save(step)
-            raise
+        if hooks.prepare is not None:
+            with clock("prepare"):
+                batch = hooks.prepare(batch, step)
+        raw = update(batch, forward, loss, optimisers, at=step, token_budget=config.micro_batch_tokens, clock=clock)
         metrics = {name: value for name, value in raw.items() if "/" in name}
         metrics |= {"optim/grad_norm": raw["grad_norm"]}
         metrics |= {"optim/lr": optimisers[0].lr(step), "progress/epoch": cursor.epoch(step + 1), **clock.seconds}
-        last = step + 1 == total
-        if last or (config.eval_every and (step + 1) % config.eval_every == 0):
+        if step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0):
             metrics |= hooks.evaluate()
         tracker.log(step, metrics)
-        if last or (config.save_every and (step + 1) % config.save_every == 0):
-            hooks.save(step + 1)
-    return metrics
+        return metrics
+
+    return each_step(one, start, total, checkpoints)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.config import Config
-from trimtab.errors import NumericalError
+from trimtab.errors import NumericalError, RunError
 
 
 class OptimConfig(Config):
@@ -92,6 +92,29 @@ class Optimiser:
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
         self.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Master weights and Adam's moments by parameter, and the steps taken."""
+        states = {name: self.adam.state.get(master, {}) for name, master in self.masters.items()}
+        moments = {moment: {name: state[moment] for name, state in states.items() if state} for moment in ("exp_avg", "exp_avg_sq", "step")}
+        return {"weights": {name: master.detach() for name, master in self.masters.items()}, **moments}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over weights and moments. Raises RunError if they are those of other parameters."""
+        shapes = {name: tuple(master.shape) for name, master in self.masters.items()}
+        if shapes != {name: tuple(weight.shape) for name, weight in state["weights"].items()}:
+            raise RunError("the checkpoint holds other parameters than the model trains", fix="resume with the recipe it was made with")
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            master.copy_(state["weights"][name])
+            if master is not parameter:
+                parameter.copy_(master)
+            if name in state["step"]:
+                self.adam.state[master] = {
+                    "step": state["step"][name].clone(),
+                    **{moment: state[moment][name].to(master.device, copy=True) for moment in ("exp_avg", "exp_avg_sq")},
+                }
 
     def _grads(self) -> list[Tensor]:
         return [m.grad for m in self.masters.values() if m.grad is not None]

@@ -1,0 +1,141 @@
+"""Folders that are there whole or not at all, and can be seen to be whole.
+
+A folder is filled beside its place, synced to the disk and renamed; a manifest in it names every file with its size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from trimtab.errors import RunError
+
+MANIFEST = "manifest.json"
+WRITING = (OSError, SafetensorError)
+"""What a write raises that fails: safetensors has an error of its own."""
+STEP = re.compile(r"step-(\d{6,})")
+
+
+def save_atomically(folder: Path, write: Callable[[Path], object]) -> Path:
+    """Fill a folder beside its final place, then rename: it is there whole or not at all."""
+    staging = stage(folder)
+    try:
+        write(staging)
+        publish(staging, folder)
+    except WRITING as error:
+        raise RunError(f"cannot save: {reason(error)}", where=str(folder), fix="free space or choose another output folder") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def stage(folder: Path) -> Path:
+    """An empty folder beside a place, to be filled and published. Raises RunError where nothing can be written."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise RunError(f"cannot save: {reason(error)}", where=str(folder), fix="free space or choose another output folder") from error
+
+
+def reason(error: BaseException) -> str:
+    """Why something could not be written, in the system's words."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def publish(staging: Path, folder: Path) -> None:
+    """Sync a filled folder and put it in its place; one that is there already is replaced."""
+    for path in (*staging.rglob("*"), staging):
+        _sync(path)
+    staging.chmod(0o755)
+    if folder.exists():
+        retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+        os.rename(folder, retired / folder.name)
+        os.rename(staging, folder)
+        shutil.rmtree(retired)
+    else:
+        os.rename(staging, folder)
+    _sync(folder.parent)
+
+
+def seal(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the manifest: facts, and every file's size and checksum."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What the manifest says. Raises ValueError or OSError if it cannot be read."""
+    read = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(read, dict) or not isinstance(read.get("files"), dict):
+        raise ValueError("the manifest holds no list of files")
+    return read
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, in words; None if it is whole."""
+    try:
+        files = facts(folder)["files"]
+        for name, said in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != said["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {said['bytes']}"
+            if _checksum(path) != said["sha256"]:
+                return f"{name} is not what was written (its checksum differs)"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:06d}"
+
+
+def steps(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoints of a run by the number of steps taken, newest first."""
+    found = {}
+    if checkpoints.is_dir():
+        for path in checkpoints.iterdir():
+            match = STEP.fullmatch(path.name)
+            if match and path.is_dir() and not path.is_symlink():
+                found[int(match[1])] = path
+    return dict(sorted(found.items(), reverse=True))
+
+
+def last_good(checkpoints: Path) -> tuple[int | None, dict[Path, str]]:
+    """The newest whole checkpoint's step, and what is wrong with those after it."""
+    wrong: dict[Path, str] = {}
+    for step, path in steps(checkpoints).items():
+        fault = damage(path)
+        if fault is None:
+            return step, wrong
+        wrong[path] = fault
+    return None, wrong
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
