@@ -14,6 +14,7 @@ import tiny
 from trimtab import kernels
 from trimtab.batch import Batch
 from trimtab.kernels import elementwise
+from trimtab.maths.logprobs import Head, token_logprobs
 from trimtab.models import attention as blocks
 from trimtab.models import fused
 from trimtab.models.attention import AttentionSettings, Plan
@@ -191,3 +192,25 @@ def test_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> Non
     assert kernels._compiled(compiler, kernels._processor()) == first
     assert first.stat().st_mtime_ns == written
     assert [file.name for file in first.parent.iterdir()] == [first.name]
+
+
+@there
+@pytest.mark.parametrize("vocabulary", [100, 4096])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_head_is_no_further_from_the_exact_one_than_torch(
+    vocabulary: int, temperature: float, entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, targets = draw(40, 32), draw(vocabulary, 32, seed=1), torch.arange(40) % vocabulary
+    hidden[0] = 20 * weight[0]  # a token that is almost sure
+
+    def compute(hidden: Tensor, weight: Tensor) -> Tensor:
+        logprobs, entropies = token_logprobs(hidden, Head(weight, scale=0.5), targets, temperature=temperature, entropy=entropy)
+        return logprobs if entropies is None else torch.stack([logprobs, entropies])
+
+    ours = values_and_gradients(compute, [hidden, weight], torch.bfloat16)
+    monkeypatch.setattr(kernels, "serves", lambda x: False)
+    theirs = values_and_gradients(compute, [hidden, weight], torch.bfloat16)
+    right = values_and_gradients(compute, [hidden, weight], torch.float64)
+    for found, other, exact in zip(ours, theirs, right, strict=True):
+        assert error(found, exact) < 1.02 * error(other, exact) + 1e-6

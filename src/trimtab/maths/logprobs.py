@@ -15,6 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trimtab import kernels
+from trimtab.kernels import head as kernel
+
 PART_BYTES = 2**28
 """Logits held at once in the model's precision. A batch that fits keeps them for the backward pass; a larger one recomputes."""
 
@@ -92,7 +95,11 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.kept = None
         for part in parts:
             z, memory = _logits(hidden[part], weight, bias)
-            for rows, inner in _slices(part, z):
+            compiled = head.softcap is None and kernels.serves(z)
+            if compiled:
+                into = logprobs[part], norm[part], entropies[part] if entropy else None
+                kernel.forward(z, targets[part], head.scale / temperature, *into, keep=keep)
+            for rows, inner in [] if compiled else _slices(part, z):
                 logits = head.finish(z[inner], temperature)
                 highest = logits.amax(-1, keepdim=True)
                 below = logits - highest
@@ -129,7 +136,10 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros(len(weight), dtype=norm.dtype, device=weight.device) if need_bias else None
         for part in _parts(hidden, weight):
             z, memory = kept if kept is not None else _logits(hidden[part], weight, bias)
-            for rows, inner in _slices(part, z):
+            compiled = kept is not None and grad_entropy is None and kernels.serves(z)
+            if compiled:
+                kernel.backward(z, targets[part], logprobs[part], grad_logprob[part], head.scale / temperature)
+            for rows, inner in [] if compiled else _slices(part, z):
                 target, pull = targets[rows, None], grad_logprob[rows, None]
                 if kept is None:
                     logits = head.finish(z[inner], temperature)
