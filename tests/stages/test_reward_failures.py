@@ -57,7 +57,8 @@ def recipe(place: Path, *overrides: str, algorithm: str = "ppo", function: str =
 
 def run(place: Path, *overrides: str, algorithm: str = "ppo", function: str = "some") -> tiny.Recorder:
     tracker = tiny.Recorder()
-    policy(algorithm, recipe(place, *overrides, algorithm=algorithm, function=function), place / "run", tracker)
+    folder = place / f"run{len(list(place.glob('run*')))}"  # each of its own: one that is there would be gone on with
+    policy(algorithm, recipe(place, *overrides, algorithm=algorithm, function=function), folder, tracker)
     return tracker
 
 

@@ -3,8 +3,8 @@
     POST URL/score   {"samples": [{"prompt": ..., "response": ..., "row": {...}, "truncated": false}, ...]}
     answer           {"scores": [1.5, null, ...]}     one number per sample, in order; null: it could not be scored
 
-What is the server's trouble (it cannot be reached, does not answer in time, or says 408, 429, 502, 503 or 504) is waited out; what is
-a sample's trouble (another error, an answer that makes no sense) is that sample's failure.
+What is the server's trouble (it cannot be reached, or says 408, 429, 502, 503 or 504) is waited out; what is a sample's trouble
+(another error, an answer that makes no sense or comes too late) is that sample's failure.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ NOT_MENDED = {301, 302, 303, 307, 308, 401, 403, 404, 405}
 
 
 class Unavailable(Exception):
-    """The server could not be asked now. late: it was reached, but did not answer in time."""
-
-    def __init__(self, reason: str, *, late: bool = False) -> None:
-        super().__init__(reason)
-        self.late = late
+    """The server could not be asked now."""
 
 
 class Refused(Exception):
     """The server was asked, and its answer is of no use."""
 
 
+class Late(Refused):
+    """The server was asked, and did not answer in time."""
+
+
 class RemoteReward:
     """Asks a server for all scores, `per_request` at a time in `workers` requests at once. What it could not score is marked, not raised.
 
     timeout:     seconds for one sample; a request has so many for each of its own.
-    retries:     how often a sample that the server refuses is sent again.
-    patience:    seconds after which a request that never gets through, or a server that answers none, is given up.
+    retries:     how often a sample that the server refuses, or is too late for, is sent again.
+    patience:    seconds after which a request that does not get through, or a server that answers none, is given up.
     break_after: failures in a row after which one request at a time tries, while the others wait for it.
     seed:        of the jitter in the waits, which decides nothing else.
     """
@@ -91,7 +91,7 @@ class RemoteReward:
         return [[next(flat) for _ in group.responses] for group in groups]
 
     def _part(self, numbered: tuple[int, Sequence[dict[str, Any]]]) -> list[Score]:
-        """The scores of one request's samples; those of a request that is refused, or late, are sent one by one."""
+        """The scores of one request's samples; those of a request that is refused are sent one by one."""
         number, samples = numbered
         try:
             return self._ask(number, samples)
@@ -104,26 +104,25 @@ class RemoteReward:
 
     def _ask(self, number: int, samples: Sequence[dict[str, Any]]) -> list[Score]:
         """Send until there is an answer. Raises Refused if it is of no use, Unavailable when patience is over."""
-        began, refusals = time.monotonic(), 0
+        since, refusals = math.inf, 0  # of this request: its first failure
         for attempt in itertools.count():
             with self.circuit.turn():
                 try:
                     scores = self._read(self._post(samples), len(samples))
-                except Refused:
-                    self.circuit.worked()
+                except Refused as refused:
                     refusals += 1
+                    (self.circuit.failed if isinstance(refused, Late) else self.circuit.worked)()
                     if len(samples) > 1 or refusals > self.retries:
                         raise
-                except Unavailable as gone:
+                except Unavailable:
                     self.circuit.failed()
-                    if gone.late and len(samples) > 1:
-                        raise Refused(str(gone)) from None
-                    if self.circuit.over(began):
+                    since = min(since, time.monotonic())
+                    if self.circuit.over(since):
                         raise
                 else:
                     self.circuit.worked()
                     return scores
-                self.circuit.wait(self._delay(number, attempt), began)
+                self.circuit.wait(self._delay(number, attempt), since)
         raise AssertionError("the loop ends by itself")
 
     def _delay(self, number: int, attempt: int) -> float:
@@ -150,7 +149,7 @@ class RemoteReward:
             with error:
                 raise self._of_status(error.code, error) from None
         except TimeoutError:
-            raise Unavailable(f"the server did not answer within {seconds:g} s", late=True) from None
+            raise Late(f"the server did not answer within {seconds:g} s") from None
         except (OSError, HTTPException) as error:
             raise Unavailable(f"the server cannot be reached: {getattr(error, 'reason', None) or type(error).__name__}") from None
 
@@ -234,13 +233,14 @@ class Circuit:
         with self.lock:
             self.in_row, self.since = 0, math.inf
 
-    def over(self, began: float) -> bool:
-        """Whether patience is over: with the server, or with a request that began then."""
-        return self.ended.is_set() or time.monotonic() - min(began, self.since) >= self.patience
+    def over(self, since: float) -> bool:
+        """Whether patience is over: with the server, or with a request that has failed since then."""
+        now, broken = time.monotonic(), self.in_row >= self.break_after
+        return self.ended.is_set() or now - since >= self.patience or (broken and now - self.since >= self.patience)
 
-    def wait(self, seconds: float, began: float) -> None:
+    def wait(self, seconds: float, since: float) -> None:
         """A pause, no longer than there is patience left."""
-        left = min(began, self.since) + self.patience - time.monotonic()
+        left = min(since, self.since) + self.patience - time.monotonic()
         self.ended.wait(max(0.0, min(seconds, left)))
 
 
