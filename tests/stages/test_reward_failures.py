@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import tiny
 from trimtab.algorithms import ALGORITHMS
 from trimtab.config import load_recipe
 from trimtab.errors import RewardError
+from trimtab.stages.overlap import Begun, Overlap
 from trimtab.stages.policy import PolicyLearning, policy, policy_config
 from trimtab.stages.rejection import RejectionConfig, rejection
 from trimtab.training.clock import Clock
+from trimtab.types import Score
 
 REWARD = """
 import zlib
@@ -99,6 +102,18 @@ def test_the_same_failures_give_the_same_run_beside_the_update_too(place: Path) 
     assert timeless(*beside) == timeless(*beside)
 
 
+def test_a_rollout_that_is_begun_keeps_its_failures_in_a_checkpoint(place: Path) -> None:
+    settings = ("overlap=true", "algorithm.mismatch.kind=truncate")
+    with closing(PolicyLearning("grpo", recipe(place, *settings, algorithm="grpo"))) as learner:
+        learner.step(0)
+        begun, other = Begun(learner.overlap), Overlap(learner.overlap.make, learner.overlap.refresh)
+        Begun(other).load_state_dict(json.loads(json.dumps(begun.state_dict())))
+        (step, (sampled, _)), (again, (restored, _)) = learner.overlap.pending(), other.pending()
+        assert step == again == 1
+        assert restored == sampled
+        assert restored[3].failed
+
+
 def test_a_value_stands_in_and_every_response_is_learnt_from(place: Path) -> None:
     learner = PolicyLearning("ppo", recipe(place, "reward.on_failure=value", "reward.failure_value=-5"))
     rollout, metrics = learner.step(0)
@@ -112,8 +127,6 @@ def test_a_greedy_response_without_a_score_is_replaced_by_the_others_mean(place:
     groups = learner.engine.generate(learner.prompts, 3, seed=0)
     totals = [float(i) for i in range(12)]
     flat = iter(totals)
-    from trimtab.types import Score
-
     batch = learner.look(groups, [[Score(next(flat)) for _ in group.responses] for group in groups])
     baseline, failures = learner.greedy_returns(groups, batch)
     assert [failed.prompt for failed in failures.failed] == ["say two"]
