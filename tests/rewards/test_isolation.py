@@ -156,6 +156,13 @@ def test_a_combination_fails_where_a_member_does_and_takes_what_stands_in(tmp_pa
     assert within.total == {"sum": 14, "mean": 7, "min": 4, "uncertainty": 7 - 0.5 * 9}[how]
 
 
+def test_a_combinations_retries_are_those_of_its_members(tmp_path: Path) -> None:
+    for how in ("stop", "exclude"):
+        made = make(tmp_path, f"members=[{{{PLAIN}}}, {{{PICKY}, retries: 1}}]", "retries=3", f"on_failure={how}")
+        combined = made if how == "stop" else made.member  # type: ignore[attr-defined]
+        assert [member.retries for member in combined.members] == [3, 1]  # type: ignore[attr-defined]
+
+
 def test_a_model_or_rule_that_cannot_read_one_row_scores_the_others(tmp_path: Path) -> None:
     groups = [group(["yes"], answer="yes"), group(["yes"])]
     (good,), (bad,) = make(tmp_path, "verifier={kind: exact}", "on_failure=exclude").score(groups)

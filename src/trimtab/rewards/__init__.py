@@ -171,9 +171,9 @@ def _make(config: RewardConfig, *, where: str, device: str, policy: Template | N
     if config.length_debias is not None:
         biased = _make(config.model_copy(update={"length_debias": None}), where=where, **common)
         return LengthDebiased(biased, config.length_debias)
-    if config.segments is not None and config.segments.score in ("difference", "alone"):
-        if policy is None:
-            raise _no_policy(where)
+    if config.segments is not None and policy is None:
+        raise ConfigError("segments need the tokenizer of the policy", where=f"{where}.segments", fix=f"leave {where}.segments out")
+    if config.segments is not None and policy is not None and config.segments.score in ("difference", "alone"):
         return SegmentedReward(
             _make(_passing_on(config, config).model_copy(update={"segments": None}), where=where, **common),
             policy, config.segments, failed=config.stands_in,
@@ -193,7 +193,7 @@ def _make(config: RewardConfig, *, where: str, device: str, policy: Template | N
     return Isolated(
         reward,
         together=together,
-        workers=1 if together else config.workers,
+        workers=1 if together or config.function is None else config.workers,
         timeout=config.timeout if config.url is None else None,
         retries=config.retries if config.url is None else 0,  # a request has its own
         failed=config.stands_in if config.tolerates else None,
@@ -202,14 +202,16 @@ def _make(config: RewardConfig, *, where: str, device: str, policy: Template | N
 
 def _passing_on(part: RewardConfig, whole: RewardConfig) -> RewardConfig:
     """A part of a reward whose failures the whole deals with, unless the part says what is to be done itself."""
-    if whole.on_failure == "stop" or (part is not whole and part.on_failure != "stop"):
-        return part
-    return part.model_copy(update={"on_failure": "exclude", "retries": part.retries or whole.retries})
+    kept = whole.on_failure == "stop" or (part is not whole and part.on_failure != "stop")
+    return part.model_copy(update={"on_failure": part.on_failure if kept else "exclude", "retries": part.retries or whole.retries})
 
 
 def _source(config: RewardConfig, *, where: str, device: str, policy: Template | None, seed: int) -> Reward:
     """The one thing that scores."""
     options: dict[str, Any] = {} if config.name is None else {"name": config.name}
+    if config.segments is not None and config.model is None:
+        how = config.segments.score
+        raise ConfigError(f"segments.score={how} needs a model", where=f"{where}.segments", fix=f"set {where}.model=FOLDER")
     if config.function is not None:
         from trimtab.rewards.function import FunctionReward, load_function
 
@@ -220,11 +222,9 @@ def _source(config: RewardConfig, *, where: str, device: str, policy: Template |
         )  # fmt: skip
     if config.model is not None:
         model = ModelConfig(path=config.model, dtype=config.dtype, device=device)
-        if config.segments is not None:
+        if config.segments is not None and policy is not None:
             from trimtab.rewards.segments import ProcessReward
 
-            if policy is None:
-                raise _no_policy(where)
             return ProcessReward.load(
                 model, policy, config.segments, template=config.template, name=config.name, token_budget=config.tokens_per_batch
             )
@@ -234,9 +234,6 @@ def _source(config: RewardConfig, *, where: str, device: str, policy: Template |
             model, template=config.template, token_budget=config.tokens_per_batch, policy=policy, reading=config.ensemble,
             weights=config.ensemble_weights, uncertainty_weight=config.uncertainty_weight, **options,
         )  # fmt: skip
-    if config.segments is not None:
-        how = config.segments.score
-        raise ConfigError(f"segments.score={how} needs a model", where=f"{where}.segments", fix=f"set {where}.model=FOLDER")
     if config.length is not None:
         return LengthPenalty(config.length, **options)
     if config.verifier is not None:
@@ -257,7 +254,3 @@ def _remote(config: RewardConfig, url: str, *, where: str, seed: int, **options:
         url, token=token, workers=config.workers, per_request=config.per_request, timeout=config.timeout or 60.0, retries=config.retries,
         patience=config.patience, break_after=config.break_after, seed=seed, **options,
     )  # fmt: skip
-
-
-def _no_policy(where: str) -> ConfigError:
-    return ConfigError("segments need the tokenizer of the policy", where=f"{where}.segments", fix=f"leave {where}.segments out")

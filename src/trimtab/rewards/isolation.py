@@ -7,11 +7,10 @@ pass failures on. `scored` then leaves out what has no score, and `FailureLimit`
 from __future__ import annotations
 
 import math
-import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -137,29 +136,19 @@ def limited(call: Callable[[], T], seconds: float | None) -> T:
     """What a call returns or raises, if it does within so many seconds; otherwise its thread is left to itself."""
     if seconds is None:
         return call()
-    answers: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
+    answer: Future[T] = Future()
 
     def work() -> None:
         try:
-            value = call()
+            answer.set_result(call())
         except BaseException as raised:  # also SystemExit, which would end the thread without a word
-            answers.put(_raiser(raised))
-        else:
-            answers.put(lambda: value)
+            answer.set_exception(raised)
 
     threading.Thread(target=work, daemon=True, name="reward call").start()
-    try:
-        answer = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise _Abandoned(seconds) from None
-    return answer()
-
-
-def _raiser(error: BaseException) -> Callable[[], T]:
-    def again() -> T:
-        raise error
-
-    return again
+    wait([answer], timeout=seconds)
+    if not answer.done():
+        raise _Abandoned(seconds)
+    return answer.result()
 
 
 @dataclass(frozen=True)
