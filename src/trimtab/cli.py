@@ -25,6 +25,7 @@ class Command:
     config: str
     run: str
     kind: str = "stage"  # stage: writes a run directory; action: does something and prints
+    first: str = ""  # module:name of what turns a first word that is no recipe into settings
     named: bool = False  # config(name) gives the recipe's type, and run(name, ...) runs it: one stage for many algorithms
 
 
@@ -64,6 +65,13 @@ COMMANDS = {
     "sample": Command("sample responses, or keep the best of n", "trimtab.stages.sample:SampleConfig", "trimtab.cli:_sample", "action"),
     "judge": Command(
         "compare samples with a language model as the judge", "trimtab.stages.judge:JudgeConfig", "trimtab.stages.judge:judge", "action"
+    ),
+    "serve-reward": Command(
+        "serve a reward model or a function over HTTP: trimtab serve-reward FOLDER|file.py:name [key=value ...]",
+        "trimtab.stages.serve:ServeConfig",
+        "trimtab.stages.serve:serve",
+        "action",
+        first="trimtab.stages.serve:named",
     ),
     "annotate": Command(
         "compare samples with the simulated annotator", "trimtab.demo.annotate:AnnotateConfig", "trimtab.demo.annotate:annotate", "action"
@@ -132,7 +140,13 @@ def _run(name: str, words: list[str]) -> int:
     command = COMMANDS[name]
     overwrite = "--overwrite" in words
     words = [word for word in words if word != "--overwrite"]
-    recipe = Path(words.pop(0)) if words and "=" not in words[0] else None
+    recipe = None
+    if words and "=" not in words[0] and not words[0].startswith("--"):
+        first = words.pop(0)
+        if command.first and not first.endswith((".yaml", ".yml")):
+            words = [*_load(command.first)(first), *words]
+        else:
+            recipe = Path(first)
     for word in words:
         if word.startswith("--"):
             raise ConfigError(

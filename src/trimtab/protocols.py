@@ -39,7 +39,7 @@ class Reward(Protocol):
     name: str
 
     def score(self, groups: Sequence[Group]) -> list[list[Score]]:
-        """One finite Score per response, in the order of the groups and of their responses."""
+        """One Score per response, in the order of the groups and of their responses: finite, or with the reason why it failed."""
         ...
 
 
@@ -49,6 +49,11 @@ class Algorithm(Protocol):
     config: Any
     uses_critic: bool
     greedy_baseline: bool
+
+    @property
+    def compares(self) -> bool:
+        """Whether a response is credited by comparison with the others of its group, so that one alone teaches nothing."""
+        ...
 
     def assign(self, batch: Batch, rewards: Tensor, values: Tensor | None) -> Tensor:
         """Unnormalised advantages of every token; linear in rewards and values."""

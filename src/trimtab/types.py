@@ -133,11 +133,18 @@ class Score:
 
     placed: where it was earned: (response token, reward) pairs that add up to the total; a token may occur again. Empty: all at the
             last token.
+    failure: why the reward could not score the response, or None. The total is then the value that stands in, or NaN: leave it out.
     """
 
     total: float
     parts: Mapping[str, float] = field(default_factory=dict)
     placed: tuple[tuple[int, float], ...] = ()
+    failure: str | None = None
+
+    @property
+    def missing(self) -> bool:
+        """Whether the reward failed and nothing stands in."""
+        return math.isnan(self.total)
 
     def __post_init__(self) -> None:
         if self.placed and not math.isclose(sum(value for _, value in self.placed), self.total, rel_tol=1e-6, abs_tol=1e-6):

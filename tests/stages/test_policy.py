@@ -125,7 +125,7 @@ def test_a_greedy_baseline_asks_no_model_for_a_return_that_is_reward_alone(place
     look = learner.look
     learner.look = lambda *args, **options: (seen.append(1), look(*args, **options))[1]  # type: ignore[method-assign]
     batch = learner.look(groups, learner.reward.score(groups))
-    baseline = learner.greedy_returns(groups, batch)
+    baseline, _ = learner.greedy_returns(groups, batch)
     assert len(seen) == looks
     greedy = learner.greedy_engine.generate([group.prompt for group in groups], 1, seed=0)
     looked = look(greedy, learner.reward.score(greedy))
@@ -337,7 +337,7 @@ def test_textbook_roles_are_one_frozen_policy(place: Path) -> None:
 def test_groups_that_all_score_alike_make_room_for_further_prompts(place: Path) -> None:
     (place / "reward.py").write_text("def letters(prompt, response, row):\n    return float('one' in prompt and 'a' < response)\n")
     learner = PolicyLearning("dapo", recipe(place, "prompts_per_step=2", "algorithm.resample=4", algorithm="dapo"))
-    groups, scores, dropped = learner.sample(0, Clock())
+    groups, scores, dropped, _ = learner.sample(0, Clock())
     useful = [len({score.total for score in row}) > 1 for row in scores]
     assert len(groups) == 2
     assert dropped > 0
@@ -347,9 +347,9 @@ def test_groups_that_all_score_alike_make_room_for_further_prompts(place: Path) 
 
 def test_greedy_returns_are_the_baseline_of_remax(place: Path) -> None:
     learner = PolicyLearning("remax", recipe(place, "sampling.max_tokens=6", algorithm="remax"))
-    groups, scores, _ = learner.sample(0, Clock())
+    groups, scores, *_ = learner.sample(0, Clock())
     batch = learner.look(groups, scores)
-    baseline = learner.greedy_returns(groups, batch)
+    baseline, _ = learner.greedy_returns(groups, batch)
     greedy = learner.greedy_engine.generate([g.prompt for g in groups], 1, seed=0)
     expected = [row[0].total for row in learner.reward.score(greedy)]  # policy = reference: there is no penalty yet
     assert baseline.tolist() == pytest.approx([x for x in expected for _ in range(2)], abs=1e-4)
@@ -364,7 +364,7 @@ def test_rewards_that_are_placed_stay_where_they_were_put(place: Path) -> None:
 
     learner = PolicyLearning("ppo", recipe(place, "algorithm.kl.beta=0", "shaping.missing_eos_penalty=5"))
     learner.reward = Placed()
-    groups, scores, _ = learner.sample(0, Clock())
+    groups, scores, *_ = learner.sample(0, Clock())
     batch = learner.algorithm.credit(learner.look(groups, scores))
     rewards, first = batch.tokens["token_rewards"].split(batch.lengths), batch.truncated.tolist()
     for row, cut in zip(rewards, first, strict=True):

@@ -172,6 +172,11 @@ class PolicyGradient:
     def __init__(self, config: Any) -> None:
         self.config, self.penalty = config, KLPenalty(config.kl)
 
+    @property
+    def compares(self) -> bool:
+        """Whether a response is credited by comparison with the others of its group, so that one alone teaches nothing."""
+        return False
+
     def assign(self, batch: Batch, rewards: Tensor, values: Tensor | None) -> Tensor:
         """Advantages from per-token rewards (and values), linear in both."""
         raise NotImplementedError

@@ -23,6 +23,7 @@ class GroupRelative(PolicyGradient):
 
     Config = GroupConfig
     config: GroupConfig
+    compares = True
 
     def assign(self, batch: Batch, rewards: Tensor, values: Tensor | None) -> Tensor:
         returns = batch.sum_by_response(rewards)

@@ -32,6 +32,10 @@ class REINFORCE(PolicyGradient):
     Config = REINFORCEConfig
     config: REINFORCEConfig
 
+    @property
+    def compares(self) -> bool:
+        return self.config.baseline in ("group", "leave-one-out")
+
     def assign(self, batch: Batch, rewards: Tensor, values: Tensor | None) -> Tensor:
         returns, group = batch.sum_by_response(rewards), batch.group_of_response
         baseline = torch.zeros_like(returns)
@@ -46,6 +50,8 @@ class REINFORCE(PolicyGradient):
 
 class RLOO(PolicyGradient):
     """Every token of a response gets the whole response's return, minus that of the others."""
+
+    compares = True
 
     def assign(self, batch: Batch, rewards: Tensor, values: Tensor | None) -> Tensor:
         returns = batch.sum_by_response(rewards)

@@ -28,6 +28,10 @@ class REINFORCEPP(PolicyGradient):
     Config = REINFORCEPPConfig
     config: REINFORCEPPConfig
 
+    @property
+    def compares(self) -> bool:
+        return self.config.group_baseline
+
     def assign(self, batch: Batch, rewards: Tensor, values: Tensor | None) -> Tensor:
         advantages = to_go(batch, rewards, self.config.discount)
         if self.config.group_baseline:

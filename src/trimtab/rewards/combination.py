@@ -17,13 +17,20 @@ class CombinedReward:
 
     sum, mean; min (worst case); uncertainty: mean - uncertainty_weight x variance (Coste et al. 2023), with the standard
     deviation as the part "sd". In sums and means, what a member placed on tokens stays there; otherwise the total is one number.
+    Where a member failed and nothing stands in for it, the whole has failed: its total is `failed`.
     """
 
     def __init__(
-        self, members: Sequence[Reward], weights: Sequence[float], how: Combination = "sum", *, uncertainty_weight: float = 0.0
+        self,
+        members: Sequence[Reward],
+        weights: Sequence[float],
+        how: Combination = "sum",
+        *,
+        uncertainty_weight: float = 0.0,
+        failed: float = math.nan,
     ) -> None:
         self.members, self.weights, self.how, self.uncertainty_weight = members, weights, how, uncertainty_weight
-        self.name: str = how
+        self.name, self.failed = str(how), failed
 
     def score(self, groups: Sequence[Group]) -> list[list[Score]]:
         tables = [member.score(groups) for member in self.members]
@@ -35,13 +42,16 @@ class CombinedReward:
     def _one(self, scores: list[Score], tokens: int) -> Score:
         weighted = [weight * score.total for weight, score in zip(self.weights, scores, strict=True)]
         parts = {name: value for score in scores for name, value in score.parts.items()}
+        failure = next((score.failure for score in scores if score.failure is not None), None)
+        if any(score.missing for score in scores):
+            return Score(self.failed, parts, failure=failure)
         if self.how == "min":
-            return Score(min(weighted), parts)
+            return Score(min(weighted), parts, failure=failure)
         mean = sum(weighted) / len(weighted)
         if self.how == "uncertainty":
             variance = sum((value - mean) ** 2 for value in weighted) / len(weighted)
-            return Score(mean - self.uncertainty_weight * variance, {**parts, "sd": math.sqrt(variance)})
-        return Score(sum(weighted) if self.how == "sum" else mean, parts, self._placed(scores, tokens))
+            return Score(mean - self.uncertainty_weight * variance, {**parts, "sd": math.sqrt(variance)}, failure=failure)
+        return Score(sum(weighted) if self.how == "sum" else mean, parts, self._placed(scores, tokens), failure)
 
     def _placed(self, scores: list[Score], tokens: int) -> tuple[tuple[int, float], ...]:
         """Every member's placed rewards, with its weight; a member that placed nothing counts at the last token."""

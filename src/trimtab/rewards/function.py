@@ -21,11 +21,14 @@ class FunctionReward:
     """Calls `function(prompt, response, row) -> float` for every response: prompt and response as text, row as a mapping.
 
     With `batched`, calls `function(prompts, responses, rows) -> list of floats` once for all; with `workers`, so many calls at a time,
-    each in a thread. Whatever goes wrong in it is a RewardError that shows the sample and the function's own traceback line.
+    each in a thread. Whatever goes wrong in it is a RewardError that shows the sample and the function's own traceback line. With
+    `tolerant`, a value that is no finite number is the failure of its sample alone.
     """
 
-    def __init__(self, function: Callable[..., Any], *, name: str | None = None, batched: bool = False, workers: int = 1) -> None:
-        self.function, self.batched, self.workers = function, batched, workers
+    def __init__(
+        self, function: Callable[..., Any], *, name: str | None = None, batched: bool = False, workers: int = 1, tolerant: bool = False
+    ) -> None:
+        self.function, self.batched, self.workers, self.tolerant = function, batched, workers, tolerant
         self.name: str = name or str(getattr(function, "__name__", "reward"))
 
     def score(self, groups: Sequence[Group]) -> list[list[Score]]:
@@ -38,12 +41,12 @@ class FunctionReward:
             with ThreadPoolExecutor(self.workers) as pool:
                 scores = list(pool.map(self._one, samples))
         flat = iter(scores)
-        return [[Score(total, {self.name: total}) for total in itertools.islice(flat, len(g.responses))] for g in groups]
+        return [list(itertools.islice(flat, len(g.responses))) for g in groups]
 
-    def _one(self, sample: tuple[str, str, Any]) -> float:
-        return self._number(self._call(*sample, where=_where(sample)), _where(sample))
+    def _one(self, sample: tuple[str, str, Any]) -> Score:
+        return self._score(self._call(*sample, where=_where(sample)), _where(sample))
 
-    def _all(self, samples: list[tuple[str, str, Any]]) -> list[float]:
+    def _all(self, samples: list[tuple[str, str, Any]]) -> list[Score]:
         columns = [list(column) for column in zip(*samples, strict=True)]
         returned = self._call(*columns, where=f"a batch of {len(samples)} responses")
         try:
@@ -58,7 +61,7 @@ class FunctionReward:
                 f"reward {self.name!r} returned {len(values)} scores for {len(samples)} responses",
                 fix="return one number per response, in order",
             )
-        return [self._number(value, _where(sample)) for value, sample in zip(values, samples, strict=True)]
+        return [self._score(value, _where(sample)) for value, sample in zip(values, samples, strict=True)]
 
     def _call(self, *arguments: Any, where: str) -> Any:
         try:
@@ -70,6 +73,15 @@ class FunctionReward:
                 where=where,
                 fix="mend the function; it is called as function(prompt, response, row)" if not self.batched else "mend the function",
             ) from error
+
+    def _score(self, value: Any, where: str) -> Score:
+        try:
+            number = self._number(value, where)
+        except RewardError as error:
+            if not self.tolerant:
+                raise
+            return Score(math.nan, failure=error.what)
+        return Score(number, {self.name: number})
 
     def _number(self, value: Any, where: str) -> float:
         try:

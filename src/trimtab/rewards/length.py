@@ -54,7 +54,7 @@ class LengthDebiased:
 
     over all responses scored so far, those of the call first: within the first call, r' and length are exactly uncorrelated.
     The mean reward stays. What is taken away is a part NAME_by_length of the score. Length that is really worth something is taken
-    away too; so is it where only the prompts differ in length and in reward.
+    away too; so is it where only the prompts differ in length and in reward. A score that failed is left as it is, and not counted.
     """
 
     def __init__(self, reward: Reward, per: Unit = "token") -> None:
@@ -65,13 +65,21 @@ class LengthDebiased:
     def score(self, groups: Sequence[Group]) -> list[list[Score]]:
         raw = self.member.score(groups)
         lengths = [[float(length_of(response, self.per)) for response in group.responses] for group in groups]
-        self.line.observe(_column(lengths), _column([[score.total for score in row] for row in raw]))
+        counted = [
+            (length, score.total)
+            for row, row_lengths in zip(raw, lengths, strict=True)
+            for score, length in zip(row, row_lengths, strict=True)
+            if score.failure is None
+        ]
+        self.line.observe(*torch.tensor(counted, dtype=torch.float64).reshape(-1, 2).unbind(1))
         return [
             [self._one(score, length) for score, length in zip(row, row_lengths, strict=True)]
             for row, row_lengths in zip(raw, lengths, strict=True)
         ]
 
     def _one(self, score: Score, length: float) -> Score:
+        if score.failure is not None:
+            return score
         explained = self.line.slope * (length - self.line.mean_x)
         placed = (*score.placed, (score.placed[-1][0], -explained)) if score.placed else ()  # length is known at the end
         return Score(score.total - explained, {**score.parts, f"{self.name}_by_length": explained}, placed)
@@ -113,7 +121,3 @@ class RunningLine:
 def length_of(response: Response, per: Unit) -> int:
     """Tokens (EOS is one), or characters of the text."""
     return len(response.tokens) if per == "token" else len(response.text)
-
-
-def _column(rows: Sequence[Sequence[float]]) -> Tensor:
-    return torch.tensor([value for row in rows for value in row], dtype=torch.float64)

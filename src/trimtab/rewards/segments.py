@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -70,14 +71,16 @@ class SegmentedReward:
     difference: r_k = s(y_1..k) - s(y_1..k-1), s(nothing) = 0: the pieces add up to the member's own score of the response, and
                 differ only in when it is given. A piece is scored as if the response were cut off behind it.
     alone:      r_k = s(piece k): the total is the sum, which longer responses have more terms of.
+
+    Where the member failed on a piece, the response has failed: its total is `failed`.
     """
 
-    def __init__(self, member: Reward, template: Template, config: SegmentsConfig) -> None:
+    def __init__(self, member: Reward, template: Template, config: SegmentsConfig, *, failed: float = math.nan) -> None:
         if config.score not in ("difference", "alone"):
             raise ConfigError(
                 f"segments.score={config.score} needs a model", where="reward.segments", fix="set score=difference or score=alone"
             )
-        self.member, self.template, self.config = member, template, config
+        self.member, self.template, self.config, self.failed = member, template, config, failed
         self.name: str = member.name
 
     def score(self, groups: Sequence[Group]) -> list[list[Score]]:
@@ -85,7 +88,14 @@ class SegmentedReward:
         cut = self._prefix_group if self.config.score == "difference" else self._piece_group
         flat = iter(self.member.score([cut(g, i, e) for g, row in zip(groups, ends, strict=True) for i, e in enumerate(row)]))
         together = self._differences if self.config.score == "difference" else self._sum
-        return [[together(scores, e) for e, scores in zip(row, itertools.islice(flat, len(row)), strict=True)] for row in ends]
+        return [
+            [self._failed(scores) or together(scores, e) for e, scores in zip(row, itertools.islice(flat, len(row)), strict=True)]
+            for row in ends
+        ]
+
+    def _failed(self, scores: list[Score]) -> Score | None:
+        failure = next((score.failure for score in scores if score.failure is not None), None)
+        return None if failure is None else Score(self.failed, {}, failure=failure)
 
     def _prefix_group(self, group: Group, index: int, ends: list[int]) -> Group:
         return Group(group.prompt, tuple(prefix(group.responses[index], end, self.template) for end in ends))

@@ -12,8 +12,13 @@ from trimtab.batch import Batch, Counts, Loss, LossFunction, Outputs
 from trimtab.config import Config
 from trimtab.errors import DataError
 from trimtab.maths.reductions import Aggregation, aggregate
+from trimtab.protocols import Tracker
+from trimtab.rewards.isolation import Failures
 from trimtab.training.checkpoint import CheckpointConfig
-from trimtab.types import Comparison, Group, Prompt, Response
+from trimtab.types import Comparison, Group, Prompt, Response, Score
+
+SHOWN_FAILURES = 3
+"""Responses without a score that are written down at a step."""
 
 
 class StageConfig(Config):
@@ -68,6 +73,20 @@ def comparison_batch(comparisons: Sequence[Comparison]) -> Batch:
     margin = [c.margin for c in comparisons for _ in c.scores]
     columns = {"judgement": torch.tensor(judgement, dtype=torch.float64), "margin": torch.tensor(margin, dtype=torch.float64)}
     return Batch(tuple(c.group for c in comparisons), {}, columns)
+
+
+def part_means(scores: Sequence[Score]) -> dict[str, Any]:
+    """The mean of every named part, where there are several, over the scores that have it: one that failed may have none."""
+    names = dict.fromkeys(name for score in scores for name in score.parts)
+    if len(names) < 2:
+        return {}
+    return {f"reward/{name}": torch.tensor([score.parts[name] for score in scores if name in score.parts]).mean() for name in names}
+
+
+def report_failures(tracker: Tracker, step: int, failures: Failures) -> None:
+    """The first responses of a step that could not be scored, as events."""
+    for failed in failures.failed[:SHOWN_FAILURES]:
+        tracker.event("reward failed", step=step, prompt=failed.prompt, response=failed.response, reason=failed.reason)
 
 
 def sample_row(prompt: Prompt, response: Response, reward: float, parts: Mapping[str, float], kl: float) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from dataclasses import fields
 from typing import Any, Generic, TypeVar
 
 from trimtab.models.language import LanguageModel
+from trimtab.rewards.isolation import Failed, Failures
 from trimtab.training.clock import Clock
 from trimtab.types import Group, Prompt, Response, Score
 
 T = TypeVar("T")
-Sampled = tuple[list[Group], list[list[Score]], int]
-"""Groups, their scores, and how many groups were dropped."""
+Sampled = tuple[list[Group], list[list[Score]], int, Failures]
+"""Groups, their scores, how many groups were dropped because they teach nothing, and what could not be scored."""
 
 
 def second(policy: LanguageModel) -> LanguageModel:
@@ -86,7 +87,7 @@ class Begun:
         pending = self.overlap.pending()
         if pending is None:
             return {"step": None}
-        step, ((groups, scores, dropped), _) = pending
+        step, ((groups, scores, dropped, failures), _) = pending
         return {
             "step": step,
             "groups": [
@@ -94,6 +95,7 @@ class Begun:
             ],
             "scores": [[_fields(score) for score in row] for row in scores],
             "dropped": dropped,
+            "failures": {"count": failures.count, "failed": [_fields(failed) for failed in failures.failed]},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -104,7 +106,8 @@ class Begun:
             for saved in state["groups"]
         ]
         scores = [[_made(Score, score) for score in row] for row in state["scores"]]
-        self.overlap.begin_with(state["step"], ((groups, scores, state["dropped"]), Clock()))
+        failures = Failures(state["failures"]["count"], tuple(_made(Failed, failed) for failed in state["failures"]["failed"]))
+        self.overlap.begin_with(state["step"], ((groups, scores, state["dropped"], failures), Clock()))
 
 
 def _fields(record: Any) -> dict[str, Any]:

@@ -24,16 +24,18 @@ from trimtab.data.records import DataConfig, load_prompts
 from trimtab.engines.local import EngineConfig, LocalEngine
 from trimtab.engines.sampling import SamplingConfig
 from trimtab.errors import ConfigError
+from trimtab.maths.advantages import leave_one_out
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 from trimtab.models.reference import MovingReference, Reference, make_reference
 from trimtab.models.scorer import Scorer
 from trimtab.protocols import Algorithm, Reward, Stateful, Tracker
 from trimtab.rewards import RewardConfig
+from trimtab.rewards.isolation import Failures, none_scored, scored
 from trimtab.rewards.model import ModelReward
 from trimtab.rewards.shaping import RewardShaping, ShapingConfig
 from trimtab.stages.actor_critic import ActorCritic, CriticConfig, OwnCritic, Passes, PolicyOnly, SharedTrunk
-from trimtab.stages.common import StageConfig, recipe_type
+from trimtab.stages.common import StageConfig, recipe_type, report_failures
 from trimtab.stages.explanation import Explained, write_explanation
 from trimtab.stages.overlap import Begun, Overlap, Sampled, second
 from trimtab.stages.policy_metrics import Rollout, describe, merged, sample_rows, staleness
@@ -118,6 +120,7 @@ def policy(name: str, config: PolicyConfig, run: Path, tracker: Tracker) -> dict
 
         def one(step: int) -> dict[str, float]:
             rollout, metrics = learner.step(step)
+            report_failures(tracker, step, rollout.failures)
             tracker.log(step, metrics)
             if learner.recorded(step):
                 tracker.samples(step, sample_rows(rollout))
@@ -141,7 +144,7 @@ class PolicyLearning:
             settings = settings.model_copy(update={"length": config.sampling.max_tokens})
         self.algorithm: Algorithm = ALGORITHMS[name].load()(settings)
         sampler = second(model) if config.overlap else model
-        self.reward = rewards.make(config.reward, device=config.model.device, policy=sampler.template)
+        self.reward = rewards.make(config.reward, device=config.model.device, policy=sampler.template, excludes=True, seed=config.seed)
         self.shaping = RewardShaping(config.shaping, config.sampling.max_tokens)
         self.reference = make_reference(model, config.model, config.reference, samples=config.roles == "textbook")
         self.actor = make_actor(model, self.algorithm, self.reward, self.reference, config)
@@ -153,11 +156,12 @@ class PolicyLearning:
     def step(self, step: int) -> tuple[Rollout, dict[str, float]]:
         """One rollout batch: sample, score, look, assign credit, update. Returns the rollout and the metrics."""
         config, clock = self.config, Clock()
-        groups, scores, dropped = self.rollout(step, clock)
+        groups, scores, dropped, failures = self.rollout(step, clock)
         with clock("observe"):
             batch = self.look(groups, scores, refer=self.refers(step), ahead=not self.warming(step))
             if self.algorithm.greedy_baseline:
-                batch = batch.with_responses(baseline=self.greedy_returns(groups, batch))
+                baseline, failed = self.greedy_returns(groups, batch)
+                batch, failures = batch.with_responses(baseline=baseline), failures + failed
         batch = self.algorithm.credit(batch)
         with clock("update"):
             learned = self.learn(batch, step)
@@ -166,10 +170,11 @@ class PolicyLearning:
         if self.reference is not None:
             self.reference.follow(config.reference, step + 1)
         metrics = describe(batch, scores) | learned | {"kl/beta": float(self.algorithm.state_dict()["beta"])}
+        metrics |= failures.metrics() if config.reward.tolerates else {}
         metrics |= {"rollout/dropped_groups": float(dropped)} if config.algorithm.resample else {}
         metrics |= {"rollout/staleness": staleness(groups, step)} if config.overlap else {}
         metrics |= {"progress/epoch": self._cursor(0).epoch(step + 1), **clock.seconds}
-        return Rollout(batch, scores), metrics
+        return Rollout(batch, scores, failures), metrics
 
     def parts(self) -> dict[str, Stateful]:
         """What decides the rest of a run."""
@@ -207,8 +212,10 @@ class PolicyLearning:
     def sample(self, step: int, clock: Clock) -> Sampled:
         """Groups and their scores. With `resample`, groups whose responses all scored alike make room for those of further prompts,
 
-        round by round; what is still missing after the last round is filled with them again. Also: how many were dropped."""
-        config = self.config
+        round by round; what is still missing after the last round is filled with them again. Also: how many were dropped, and which
+        responses have no score: they are left out, and so is a group of which too little is left to compare."""
+        config, failures = self.config, Failures()
+        least = 2 if self.algorithm.compares and config.responses_per_prompt > 1 else 1
         kept: list[tuple[Group, list[Score]]] = []
         alike: list[tuple[Group, list[Score]]] = []
         for attempt in range(config.algorithm.resample + 1):
@@ -217,14 +224,17 @@ class PolicyLearning:
                 seed = seeds.derive(config.seed, "generate", step, *([attempt] if attempt else []))
                 groups = self.engine.generate(prompts, config.responses_per_prompt, seed=seed)
             with clock("reward"):
-                scores = self.reward.score(groups)
+                groups, scores, failed = scored(groups, self.reward.score(groups), least)
+                failures += failed
             for group, row in zip(groups, scores, strict=True):
                 useful = not config.algorithm.resample or max(s.total for s in row) > min(s.total for s in row)
                 (kept if useful else alike).append((group, row))
             if len(kept) >= len(prompts):
                 break
         chosen = (kept + alike)[: len(prompts)]
-        return [group for group, _ in chosen], [row for _, row in chosen], len(alike)
+        if not chosen:
+            raise none_scored()
+        return [group for group, _ in chosen], [row for _, row in chosen], len(alike), failures
 
     def recorded(self, step: int) -> bool:
         """Whether the samples of a step are written down."""
@@ -270,18 +280,29 @@ class PolicyLearning:
         raw = torch.tensor([score.total for row in scores for score in row], dtype=torch.float64)
         return raw, self.shaping(raw, torch.tensor(batch.lengths), batch.truncated)
 
-    def greedy_returns(self, groups: Sequence[Group], batch: Batch) -> torch.Tensor:
-        """For every response of the batch: the return (reward and penalty) of its prompt's greedy response."""
+    def greedy_returns(self, groups: Sequence[Group], batch: Batch) -> tuple[torch.Tensor, Failures]:
+        """For every response of the batch: the return (reward and penalty) of its prompt's greedy response; and which have no score.
+
+        There the mean return of the prompt's other responses takes its place: it, too, does not depend on the response itself.
+        """
         with self._sampler():
             greedy = self.greedy_engine.generate([group.prompt for group in groups], 1, seed=0)
-        state, scores = self.shaping.state_dict(), self.reward.score(greedy)
-        if self.config.algorithm.kl.in_reward:
+        state, all_scores = self.shaping.state_dict(), self.reward.score(greedy)
+        there = torch.tensor([not row[0].missing for row in all_scores])
+        greedy, scores, failures = scored(greedy, all_scores)
+        if not greedy:
+            returns = batch.tokens["logprobs_old"].new_zeros(0)
+        elif self.config.algorithm.kl.in_reward:
             looked = self.look(greedy, scores)
             returns = looked.sum_by_response(self.algorithm.rewards(looked))
         else:  # the return is the reward alone, for which no model is asked
             returns = self._shaped(Batch(tuple(greedy)), scores)[1].to(batch.tokens["logprobs_old"].dtype)
         self.shaping.load_state_dict(state)  # the running statistics are those of the sampled responses
-        return returns[batch.group_of_response]
+        if there.all():
+            return returns[batch.group_of_response], failures
+        instead = leave_one_out(batch.sum_by_response(self.algorithm.rewards(batch)), batch.group_of_response).to(returns.dtype)
+        spread = returns.new_zeros(len(groups)).masked_scatter(there, returns)
+        return torch.where(there[batch.group_of_response], spread[batch.group_of_response], instead), failures
 
     def learn(self, batch: Batch, step: int) -> dict[str, float]:
         """E epochs of M minibatches, each one optimiser step; stops early when the policy has moved past `target_kl`."""
@@ -337,7 +358,7 @@ def make_actor(
         return SharedTrunk(model, config.optim, config.steps, passes, config.critic)
     start = config.model
     if config.critic.init == "reward":
-        if not isinstance(reward, ModelReward):
+        if not isinstance(rewards.bare(reward), ModelReward):
             raise ConfigError(
                 "there is no single reward model to start from", where="critic.init", fix="set reward.model, or critic.init=policy"
             )

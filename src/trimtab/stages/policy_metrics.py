@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from trimtab.batch import Batch
 from trimtab.maths.advantages import explained_variance
-from trimtab.stages.common import sample_row
+from trimtab.rewards.isolation import Failures
+from trimtab.stages.common import part_means, sample_row
 from trimtab.types import Group, Score
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a step saw: the batch with all its columns after credit, and the scores by group."""
+    """What a step saw: the batch with all its columns after credit, the scores by group, and what could not be scored."""
 
     batch: Batch
     scores: Sequence[Sequence[Score]]
+    failures: Failures = field(default_factory=Failures)
 
 
 def describe(batch: Batch, scores: Sequence[Sequence[Score]]) -> dict[str, float]:
@@ -28,8 +30,7 @@ def describe(batch: Batch, scores: Sequence[Sequence[Score]]) -> dict[str, float
     metrics = {"reward/mean": raw.mean(), "reward/std": raw.std(correction=0)}
     if not torch.equal(raw, batch.responses["reward"]):
         metrics |= {"reward/shaped": batch.responses["reward"].mean()}
-    if len(flat[0].parts) > 1:
-        metrics |= {f"reward/{name}": torch.tensor([score.parts[name] for score in flat]).mean() for name in flat[0].parts}
+    metrics |= part_means(flat)
     if "logprobs_ref" in batch.tokens:
         log_ratio = batch.tokens["logprobs_old"] - batch.tokens["logprobs_ref"]
         metrics |= {"kl/mean": batch.sum_by_response(log_ratio).mean(), "kl/per_token": log_ratio.mean()}

@@ -30,7 +30,8 @@ from trimtab.models.loading import ModelConfig
 from trimtab.models.reference import frozen_reference
 from trimtab.protocols import Stateful, Tracker
 from trimtab.rewards import RewardConfig
-from trimtab.stages.common import StageConfig, nll_loss, sample_row
+from trimtab.rewards.isolation import Failures, none_scored, scored
+from trimtab.stages.common import StageConfig, nll_loss, part_means, report_failures, sample_row
 from trimtab.stages.sample import select
 from trimtab.training.checkpoint import Checkpoints, each_step
 from trimtab.training.fit import FitConfig, Hooks, fit
@@ -74,12 +75,13 @@ class RejectionConfig(StageConfig):
 
 @dataclass(frozen=True)
 class Sampled:
-    """A round's responses: what the reward says of them, their KL to the start in nats, and which were kept."""
+    """A round's responses: what the reward says of them, their KL to the start in nats, which were kept, and which had no score."""
 
     groups: list[Group]
     scores: list[list[Score]]
     kl: Tensor
     kept: list[list[int]]
+    failures: Failures
 
 
 def rejection(config: RejectionConfig, run: Path, tracker: Tracker) -> dict[str, float]:
@@ -104,7 +106,7 @@ class Rounds:
         loaded.report(tracker)
         self.prompts = loaded.records
         self.cursor = Cursor(len(self.prompts), min(config.prompts_per_round or len(self.prompts), len(self.prompts)), config.seed)
-        self.reward = rewards.make(config.reward, device=config.model.device, policy=self.model.template)
+        self.reward = rewards.make(config.reward, device=config.model.device, policy=self.model.template, excludes=True, seed=config.seed)
         self.reference = frozen_reference(self.model, config.model)
         self.engine = LocalEngine(self.model, config.sampling, config.engine)
         self.optimiser = Optimiser(self.model.trainable(), config.optim, 1)
@@ -128,10 +130,12 @@ class Rounds:
         config = self.config
         prompts = [self.prompts[i] for i in self.cursor.at(number)]
         groups = self.engine.generate(prompts, config.n, seed=seeds.derive(config.seed, "generate", number))
-        scores = self.reward.score(groups)
+        groups, scores, failures = scored(groups, self.reward.score(groups))
+        if not groups:
+            raise none_scored()
         log_ratio = self._logprobs(groups, self.model.forward) - self._logprobs(groups, self.reference.forward)
         kl = Batch(tuple(groups)).sum_by_response(log_ratio)
-        return Sampled(groups, scores, kl, select(groups, scores, config.keep, config.threshold))
+        return Sampled(groups, scores, kl, select(groups, scores, config.keep, config.threshold), failures)
 
     def _logprobs(self, groups: list[Group], forward: Callable[..., Outputs]) -> Tensor:
         temperature, budget = self.config.sampling.temperature, self.config.micro_batch_tokens
@@ -150,7 +154,9 @@ class Rounds:
 
     def report(self, number: int, sampled: Sampled, learnt: Mapping[str, float]) -> dict[str, float]:
         """Log a round's metrics and the best responses; returns the metrics."""
-        metrics = describe(sampled) | dict(learnt) | {"progress/epoch": self.cursor.epoch(number + bool(learnt))}
+        report_failures(self.tracker, number, sampled.failures)
+        metrics = describe(sampled) | dict(learnt) | (sampled.failures.metrics() if self.config.reward.tolerates else {})
+        metrics |= {"progress/epoch": self.cursor.epoch(number + bool(learnt))}
         self.tracker.log(number, metrics)
         self.tracker.samples(number, sample_rows(sampled)[:SHOWN])
         return metrics
@@ -190,8 +196,7 @@ def describe(sampled: Sampled) -> dict[str, float]:
     metrics |= {"kl/per_token": sampled.kl.sum() / lengths.sum(), "response/length": lengths.mean()}
     metrics |= {"response/truncated": batch.truncated.double().mean(), "selection/kept": torch.tensor(len(kept) / len(totals))}
     metrics |= {"selection/prompts": torch.tensor([bool(chosen) for chosen in sampled.kept]).double().mean()}
-    if len(flat[0].parts) > 1:
-        metrics |= {f"reward/{name}": torch.tensor([score.parts[name] for score in flat]).mean() for name in flat[0].parts}
+    metrics |= part_means(flat)
     if kept:
         metrics |= {"selection/reward": totals[kept].mean(), "selection/length": lengths[kept].mean()}
     return {name: float(value) for name, value in metrics.items()}
