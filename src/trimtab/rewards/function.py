@@ -41,7 +41,7 @@ class FunctionReward:
         return [[Score(total, {self.name: total}) for total in itertools.islice(flat, len(g.responses))] for g in groups]
 
     def _one(self, sample: tuple[str, str, Any]) -> float:
-        return self._number(self._call(*sample, where=_where(sample)), _where(sample))
+        return self._number(self._call(*sample, where=_where(sample)), sample)
 
     def _all(self, samples: list[tuple[str, str, Any]]) -> list[float]:
         columns = [list(column) for column in zip(*samples, strict=True)]
@@ -58,7 +58,7 @@ class FunctionReward:
                 f"reward {self.name!r} returned {len(values)} scores for {len(samples)} responses",
                 fix="return one number per response, in order",
             )
-        return [self._number(value, _where(sample)) for value, sample in zip(values, samples, strict=True)]
+        return [self._number(value, sample) for value, sample in zip(values, samples, strict=True)]
 
     def _call(self, *arguments: Any, where: str) -> Any:
         try:
@@ -71,7 +71,8 @@ class FunctionReward:
                 fix="mend the function; it is called as function(prompt, response, row)" if not self.batched else "mend the function",
             ) from error
 
-    def _number(self, value: Any, where: str) -> float:
+    def _number(self, value: Any, sample: tuple[str, str, Any]) -> float:
+        where = _where(sample)
         try:
             number = float(value)
         except (TypeError, ValueError):
@@ -80,7 +81,10 @@ class FunctionReward:
             ) from None
         if not math.isfinite(number):
             raise RewardError(
-                f"reward {self.name!r} returned {number}", where=where, fix="return a finite number, for instance by clipping"
+                f"reward {self.name!r} returned {number}",
+                where=where,
+                fix="return a finite number, for instance by clipping",
+                samples=[{"prompt": sample[0], "response": sample[1], "numbers": {self.name: []}}],
             )
         return number
 
