@@ -98,5 +98,9 @@ class Recorder:
     def event(self, kind: str, **details: Any) -> None:
         self.events.append((kind, details))
 
+    def rewind(self, step: int) -> None:
+        self.metrics = [row for row in self.metrics if row["step"] < step]
+        self.rows = [row for row in self.rows if row["step"] < step]
+
     def close(self) -> None:
         pass

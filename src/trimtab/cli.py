@@ -86,6 +86,7 @@ COMMANDS = {
 TOOLS = {
     "exact": "hold every algorithm against the exact optimum: trimtab exact [--algorithm A] [--quick] [--json] [--output FOLDER]",
     "explain": "one step of a policy run, token by token: trimtab explain RUN STEP [--response N]",
+    "plan": "what a recipe needs, and whether it fits: trimtab plan COMMAND [recipe.yaml] [key=value ...]",
     "resume": "go on with a run from its newest whole checkpoint: trimtab resume RUN [key=value ...] [--allow-changed]",
     "report": "rebuild RUN/report.html, or compare several runs: trimtab report RUN [RUN...] [--output FILE]",
     "schema": "print the JSON schema of a command's recipe: trimtab schema COMMAND",
@@ -125,7 +126,7 @@ def _dispatch(argv: list[str]) -> int:
         if wants_help:
             print(f"trimtab {name}: {TOOLS[name]}")
             return 0
-        return {"exact": _exact, "explain": _explain, "report": _report, "resume": _resume, "schema": _schema}[name](rest)
+        return {"exact": _exact, "explain": _explain, "plan": _plan, "report": _report, "resume": _resume, "schema": _schema}[name](rest)
     if name not in COMMANDS:
         raise _unknown(name)
     if wants_help:
@@ -322,6 +323,25 @@ def _report(words: list[str]) -> int:
     runs = [Path(word) for word in words]
     output = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     print(write_report(runs, output))
+    return 0
+
+
+def _plan(words: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from trimtab.config import load_recipe
+    from trimtab.stages.plan import plan, rows_of
+
+    if not words or words[0] not in COMMANDS:
+        raise ConfigError("name a command", where="command line", fix="trimtab plan COMMAND [recipe.yaml] [key=value ...]")
+    name, *rest = words
+    recipe = Path(rest.pop(0)) if rest and "=" not in rest[0] else None
+    _quieten()
+    table = Table(title=f"trimtab {name}", show_header=False, title_justify="left")
+    for row in rows_of(plan(load_recipe(_config_of(name), recipe, rest))):
+        table.add_row(*row)
+    Console().print(table)
     return 0
 
 

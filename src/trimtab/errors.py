@@ -5,6 +5,9 @@ The command line prints them as one message and exits with status 2; anything el
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 class TrimtabError(Exception):
     """An error with a place and a fix.
@@ -12,10 +15,11 @@ class TrimtabError(Exception):
     what:  one sentence, what is wrong.
     where: the file and row, the setting, or the sample it concerns.
     fix:   what the user can do about it.
+    samples: the prompts and responses it concerns, where a number of theirs is not finite.
     """
 
-    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
-        self.what, self.where, self.fix = what, where, fix
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, samples: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.what, self.where, self.fix, self.samples = what, where, fix, tuple(samples)
         super().__init__(str(self))
 
     def __str__(self) -> str:

@@ -102,7 +102,7 @@ def test_sampling_and_scoring_go_on_while_the_trainer_learns(place: Path, monkey
         scored.set()
         return score(groups)
 
-    def learning(batch: Any, step: int) -> Any:
+    def learning(batch: Any, step: int, guards: Any) -> Any:
         assert step == 2 or scored.wait(20)
         scored.clear()
         return learn(batch, step)

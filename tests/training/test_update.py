@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_samples() -> No
     optimiser = Optimiser(model.trainable(), OptimConfig(), 10)
     before = {name: p.clone() for name, p in model.trainable().items()}
     bad = lambda outputs, batch, counts: Loss(outputs.logprobs.sum() * float("nan"))  # noqa: E731
-    with pytest.raises(NumericalError, match="micro-batch of 8 groups"):
+    with pytest.raises(NumericalError, match="micro-batch 0, 16 responses"):
         update(Batch(GROUPS), model.forward, bad, [optimiser], at=0, token_budget=10_000)
     infinite = lambda outputs, batch, counts: Loss(outputs.logprobs.sum() * torch.tensor(1e38) * 1e38 * 0 + outputs.logprobs.sum() * 3e38)  # noqa: E731
     with pytest.raises(NumericalError):

@@ -104,6 +104,12 @@ def resolve_path(path: str) -> str:
     return path
 
 
+def base_of(path: str) -> str:
+    """The model that an adapter's folder belongs to; any other path is its own base."""
+    adapter = Path(path, "adapter_config.json")
+    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else path
+
+
 def load_template(path: str, mode: Mode, extra_eos: tuple[int, ...] = ()) -> Template:
     """The tokenizer saved with a model, and how text is put to it; "auto" first asks how the model was trained here."""
     from transformers import AutoTokenizer
@@ -131,8 +137,7 @@ def load_model(auto_class: Any, config: ModelConfig, **options: Any) -> Any:
     if device.type == "cpu":
         keep_freed_memory()
     path = resolve_path(config.path)
-    adapter = Path(path, "adapter_config.json")
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else path
+    adapter, base = Path(path, "adapter_config.json"), base_of(path)
     model = _guarded(
         base,
         "model",
@@ -142,7 +147,7 @@ def load_model(auto_class: Any, config: ModelConfig, **options: Any) -> Any:
             attn_implementation=packed.ATTENTION,
             trust_remote_code=False,
             use_safetensors=True,
-            config=_architecture(base, config.layers, options),
+            config=architecture(base, config.layers, options),
         ),
     )
     if adapter.exists():
@@ -211,7 +216,7 @@ def plain_attention(model: Any) -> Iterator[Any]:
         model.set_attn_implementation(packed.ATTENTION)
 
 
-def _architecture(path: str, layers: int | None, options: dict[str, Any]) -> Any:
+def architecture(path: str, layers: int | None, options: dict[str, Any]) -> Any:
     """The model's configuration, with only its first layers if that is asked for."""
     from transformers import AutoConfig
 

@@ -44,7 +44,7 @@ class FunctionReward:
         return [list(itertools.islice(flat, len(g.responses))) for g in groups]
 
     def _one(self, sample: tuple[str, str, Any]) -> Score:
-        return self._score(self._call(*sample, where=_where(sample)), _where(sample))
+        return self._score(self._call(*sample, where=_where(sample)), sample)
 
     def _all(self, samples: list[tuple[str, str, Any]]) -> list[Score]:
         columns = [list(column) for column in zip(*samples, strict=True)]
@@ -61,7 +61,7 @@ class FunctionReward:
                 f"reward {self.name!r} returned {len(values)} scores for {len(samples)} responses",
                 fix="return one number per response, in order",
             )
-        return [self._score(value, _where(sample)) for value, sample in zip(values, samples, strict=True)]
+        return [self._score(value, sample) for value, sample in zip(values, samples, strict=True)]
 
     def _call(self, *arguments: Any, where: str) -> Any:
         try:
@@ -74,16 +74,17 @@ class FunctionReward:
                 fix="mend the function; it is called as function(prompt, response, row)" if not self.batched else "mend the function",
             ) from error
 
-    def _score(self, value: Any, where: str) -> Score:
+    def _score(self, value: Any, sample: tuple[str, str, Any]) -> Score:
         try:
-            number = self._number(value, where)
+            number = self._number(value, sample)
         except RewardError as error:
             if not self.tolerant:
                 raise
             return Score(math.nan, failure=error.what)
         return Score(number, {self.name: number})
 
-    def _number(self, value: Any, where: str) -> float:
+    def _number(self, value: Any, sample: tuple[str, str, Any]) -> float:
+        where = _where(sample)
         try:
             number = float(value)
         except (TypeError, ValueError):
@@ -92,7 +93,10 @@ class FunctionReward:
             ) from None
         if not math.isfinite(number):
             raise RewardError(
-                f"reward {self.name!r} returned {number}", where=where, fix="return a finite number, for instance by clipping"
+                f"reward {self.name!r} returned {number}",
+                where=where,
+                fix="return a finite number, for instance by clipping",
+                samples=[{"prompt": sample[0], "response": sample[1], "numbers": {self.name: []}}],
             )
         return number
 

@@ -74,11 +74,11 @@ class ModelReward:
         members = observe(Batch(seen), self.scorer.scores, token_budget=self.token_budget).members
         assert members is not None
         totals = combine(members.double(), self.reading, self.weights, self.uncertainty_weight)
-        for total, response in zip(totals.tolist(), (r for g in groups for r in g.responses), strict=True):
+        for total, (prompt, response) in zip(totals.tolist(), ((g.prompt, r) for g in groups for r in g.responses), strict=True):
             if not math.isfinite(total):
-                raise RewardError(
-                    f"reward model {self.name!r} gave {total}", where=f"response {response.text[:60]!r}", fix="try reward.dtype=float32"
-                )
+                said = {"prompt": prompt.as_text, "response": response.text, "tokens": list(response.tokens), "numbers": {self.name: []}}
+                where, fix = f"response {response.text[:60]!r}", "try reward.dtype=float32"
+                raise RewardError(f"reward model {self.name!r} gave {total}", where=where, fix=fix, samples=[said])
         flat = map(self._one, totals.tolist(), members.double().tolist())
         return [list(itertools.islice(flat, len(g.responses))) for g in groups]
 

@@ -4,6 +4,7 @@
     metrics.jsonl   one line per step; fields that measure time begin with "time/", all others repeat with the seed
     samples.jsonl   responses: prompt, response, reward and its parts, KL, tokens
     events.jsonl    what happened once: started, saved, finished, interrupted, failed
+    failures/       samples with numbers that are not finite, by step
     checkpoints/    models; `last` is the newest
     report.html     all of it to look at
 
@@ -142,6 +143,14 @@ class RunDirectory:
         self._write("events", {"time": time.time(), "event": kind, **details})
         self._tell(lambda tracker: tracker.event(kind, **details))
 
+    def rewind(self, step: int) -> None:
+        """Cut metrics and samples back to the steps before this one. Events stay: they say what happened."""
+        for stream in ("metrics", "samples"):
+            self._files[stream].close()
+            self._cut(stream, step)
+            self._files[stream] = self._writer(stream, "a")
+        self._tell(lambda tracker: tracker.rewind(step))
+
     def close(self) -> None:
         """Close the files and the other trackers."""
         self._tell(lambda tracker: tracker.close())
@@ -167,7 +176,7 @@ class RunDirectory:
             self.close()
             if ended_early and self._aside is not None:
                 self._bring_back()
-            elif ended_early and isinstance(error, TrimtabError):
+            elif ended_early and isinstance(error, TrimtabError) and not error.samples:
                 shutil.rmtree(self.path)  # a mistake found before the first step leaves no half-made run in the way
             self._drop_aside()
 
@@ -243,6 +252,9 @@ class RunDirectory:
 
     def _bring_back(self) -> None:
         if self._aside is not None:
+            if (self.path / "failures").is_dir():  # what the error that ends this run speaks of
+                shutil.rmtree(self._aside / "failures", ignore_errors=True)
+                (self.path / "failures").rename(self._aside / "failures")
             shutil.rmtree(self.path, ignore_errors=True)
             self._aside.rename(self.path)
             self._aside = None

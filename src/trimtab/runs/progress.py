@@ -43,6 +43,14 @@ class Progress:
         if kind == "environment changed":
             what = ", ".join(f"{name} {change['was']} -> {change['is']}" for name, change in details.items())
             print(f"{self.title}: the continuation will round differently from the run so far: {what}", file=sys.stderr)
+        if kind == "step skipped":
+            print(f"{self.title}: step {details['step']} was left out: {details['error']}", file=sys.stderr)
+        if kind == "rolled back":
+            print(
+                f"{self.title}: the {details['number']} spiked at step {details['step']} ({details['value']:.4g}, median "
+                f"{details['median']:.4g}); back at step {details['to']}, learning rates x {details['lr_factor']:g}",
+                file=sys.stderr,
+            )
         if details.get("skipped"):
             print(f"{self.title}: {details['skipped']} rows were skipped; events.jsonl lists them", file=sys.stderr)
 
@@ -59,6 +67,9 @@ class Progress:
             print(f"{self.title}: step {count}  {shown}".rstrip(), file=sys.stderr, flush=True)
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
         pass
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from trimtab.maths.reductions import Aggregation, aggregate
 from trimtab.protocols import Tracker
 from trimtab.rewards.isolation import Failures
 from trimtab.training.checkpoint import CheckpointConfig
+from trimtab.training.guards import GuardsConfig
 from trimtab.types import Comparison, Group, Prompt, Response, Score
 
 SHOWN_FAILURES = 3
@@ -27,6 +28,7 @@ class StageConfig(Config):
     output: str = Field(description="the run directory to write")
     seed: int = Field(0, ge=0, description="decides every random draw of the run")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when the run is saved")
+    guards: GuardsConfig = Field(default_factory=GuardsConfig, description="what is done about steps that go wrong")
     resume: Literal["never", "auto"] = Field("never", description="auto: go on with the run that is in output, if there is one")
     trackers: list[str] = Field(default_factory=list, description="also report to: tensorboard, wandb, mlflow")
 

@@ -99,6 +99,8 @@ class Begun:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.overlap.wait()
+        self.overlap.begun = None
         if state["step"] is None:
             return
         groups = [

@@ -39,8 +39,10 @@ from trimtab.stages.common import StageConfig, recipe_type, report_failures
 from trimtab.stages.explanation import Explained, write_explanation
 from trimtab.stages.overlap import Begun, Overlap, Sampled, second
 from trimtab.stages.policy_metrics import Rollout, describe, merged, sample_rows, staleness
+from trimtab.training import finite
 from trimtab.training.checkpoint import Checkpoints, each_step
 from trimtab.training.clock import Clock
+from trimtab.training.guards import Guards, skipping
 from trimtab.training.optimiser import OptimConfig
 from trimtab.types import Group, Score
 
@@ -113,22 +115,29 @@ def policy(name: str, config: PolicyConfig, run: Path, tracker: Tracker) -> dict
     """Improve a policy against a reward with the algorithm `name`; returns the last step's metrics."""
     with closing(PolicyLearning(name, config)) as learner:
         learner.data_report(tracker)
-        checkpoints = Checkpoints(run, config.checkpoint, tracker, learner.parts(), learner.actor.saveables())
+        guards = Guards(run, config.guards, tracker, [*learner.actor.optimisers().values()])
+        parts = {**learner.parts(), "guards": guards}
+        checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, learner.actor.saveables())
         start = checkpoints.restore()
-        learner.begin(start)
         tracker.event("training", steps=config.steps, prompts=len(learner.prompts), done=start)
 
         def one(step: int) -> dict[str, float]:
-            rollout, metrics = learner.step(step)
-            report_failures(tracker, step, rollout.failures)
+            rollout, metrics = None, dict[str, float]()
+            with guards.skipping():
+                rollout, metrics = learner.step(step, guards)
+                report_failures(tracker, step, rollout.failures)
+            guards.see(loss=metrics.get("policy/loss"), kl=metrics.get("kl/mean"))
+            metrics |= guards.metrics()
             tracker.log(step, metrics)
-            if learner.recorded(step):
+            if rollout is None:
+                learner.move_on(step)
+            elif learner.recorded(step):
                 tracker.samples(step, sample_rows(rollout))
                 if config.explain_prompts:
                     write_explanation(run, step, learner.explain(rollout))
             return metrics
 
-        return each_step(one, start, config.steps, checkpoints)
+        return each_step(one, start, config.steps, checkpoints, guards)
 
 
 class PolicyLearning:
@@ -153,9 +162,11 @@ class PolicyLearning:
         greedy = config.sampling.model_copy(update={"temperature": 0.0})
         self.greedy_engine = LocalEngine(model, greedy, config.engine)
 
-    def step(self, step: int) -> tuple[Rollout, dict[str, float]]:
+    def step(self, step: int, guards: Guards | None = None) -> tuple[Rollout, dict[str, float]]:
         """One rollout batch: sample, score, look, assign credit, update. Returns the rollout and the metrics."""
         config, clock = self.config, Clock()
+        if self.overlap is None:
+            self.engine.load((), step)
         groups, scores, dropped, failures = self.rollout(step, clock)
         with clock("observe"):
             batch = self.look(groups, scores, refer=self.refers(step), ahead=not self.warming(step))
@@ -164,11 +175,8 @@ class PolicyLearning:
                 batch, failures = batch.with_responses(baseline=baseline), failures + failed
         batch = self.algorithm.credit(batch)
         with clock("update"):
-            learned = self.learn(batch, step)
-        if self.overlap is None:
-            self.engine.load((), step + 1)
-        if self.reference is not None:
-            self.reference.follow(config.reference, step + 1)
+            learned = self.learn(batch, step, guards)
+        self.move_on(step)
         metrics = describe(batch, scores) | learned | {"kl/beta": float(self.algorithm.state_dict()["beta"])}
         metrics |= failures.metrics() if config.reward.tolerates else {}
         metrics |= {"rollout/dropped_groups": float(dropped)} if config.algorithm.resample else {}
@@ -178,15 +186,15 @@ class PolicyLearning:
 
     def parts(self) -> dict[str, Stateful]:
         """What decides the rest of a run."""
-        parts: dict[str, Stateful] = {**self.actor.optimisers(), "algorithm": self.algorithm, "shaping": self.shaping}
+        parts: dict[str, Stateful] = {"overlap": Begun(self.overlap)} if self.overlap else {}  # first: until it is done the others change
+        parts |= {**self.actor.optimisers(), "algorithm": self.algorithm, "shaping": self.shaping}
         parts |= {"reward": rewards.State(self.reward), "memory": self.engine.memory}
-        parts |= {"reference": self.reference} if isinstance(self.reference, MovingReference) else {}
-        return parts | ({"overlap": Begun(self.overlap)} if self.overlap else {})
+        return parts | ({"reference": self.reference} if isinstance(self.reference, MovingReference) else {})
 
-    def begin(self, step: int) -> None:
-        """Go on after `step` steps, whose state is in the parts."""
-        if self.overlap is None:
-            self.engine.load((), step)
+    def move_on(self, step: int) -> None:
+        """After a step, whatever was learnt: let the reference follow."""
+        if self.reference is not None:
+            self.reference.follow(self.config.reference, step + 1)
 
     def rollout(self, step: int, clock: Clock) -> Sampled:
         """What is learnt from at a step: sampled now, or, with overlap, begun a step ago."""
@@ -272,8 +280,10 @@ class PolicyLearning:
         columns |= {"logprobs_sampler": torch.tensor(sampler, dtype=columns["logprobs_old"].dtype)}
         if any(score.placed for row in scores for score in row):
             columns["placed"] = _placed(batch, scores).to(columns["logprobs_old"].dtype)
+        batch = batch.with_tokens(**columns)
+        finite.check(batch, config.micro_batch_tokens)  # before shaping and credit take these numbers into their running statistics
         raw, shaped = self._shaped(batch, scores)
-        return batch.with_tokens(**columns).with_responses(score=raw, reward=shaped)
+        return batch.with_responses(score=raw, reward=shaped)
 
     def _shaped(self, batch: Batch, scores: Sequence[Sequence[Score]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The scores of a batch's responses as they are, and after shaping."""
@@ -304,7 +314,7 @@ class PolicyLearning:
         spread = returns.new_zeros(len(groups)).masked_scatter(there, returns)
         return torch.where(there[batch.group_of_response], spread[batch.group_of_response], instead), failures
 
-    def learn(self, batch: Batch, step: int) -> dict[str, float]:
+    def learn(self, batch: Batch, step: int, guards: Guards | None = None) -> dict[str, float]:
         """E epochs of M minibatches, each one optimiser step; stops early when the policy has moved past `target_kl`."""
         config, history = self.config.algorithm, []
         warming = self.warming(step)
@@ -316,10 +326,11 @@ class PolicyLearning:
             )
             for piece in batch.minibatches(config.minibatches, order):
                 learn = self.actor.learn_values if warming else self.actor.learn
-                history.append(learn(piece, self.algorithm, step))
-            if config.target_kl is not None and not warming and history[-1]["policy/approx_kl"] > config.target_kl:
+                with skipping(guards):
+                    history.append(learn(piece, self.algorithm, step))
+            if config.target_kl is not None and not warming and history and history[-1]["policy/approx_kl"] > config.target_kl:
                 break
-        return merged(history)
+        return merged(history) if history else {}
 
     def explain(self, rollout: Rollout) -> Explained:
         """The first prompts of a step, token by token: causes of every advantage, and how the loss pulls after the update."""

@@ -29,8 +29,10 @@ from trimtab.models.reference import MovingReference
 from trimtab.models.reference_cache import Found, ReferenceCache
 from trimtab.protocols import Tracker
 from trimtab.stages.common import StageConfig, check_lengths, comparison_batch, recipe_type
+from trimtab.training import finite
 from trimtab.training.checkpoint import Checkpoints
 from trimtab.training.fit import FitConfig, Hooks, fit
+from trimtab.training.guards import Guards
 from trimtab.training.optimiser import OptimConfig, Optimiser
 from trimtab.training.update import Ahead, look_ahead
 from trimtab.types import Comparison, Group
@@ -108,10 +110,13 @@ class PreferenceLearning:
         config, data, model = self.config, self.data.batch, self.model
         optimiser = Optimiser(model.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
         moving: dict[str, Any] = {"reference": self.moving} if self.moving else {}
-        parts = {"model": optimiser, "algorithm": self.algorithm, **moving}
+        guards = Guards(run, config.guards, tracker, [optimiser])
+        parts = {"model": optimiser, "algorithm": self.algorithm, "guards": guards, **moving}
         checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, {"model": model, **moving})
         hooks, loss = Hooks(self.evaluate, self.prepare), self.algorithm.loss
-        return fit(data, self.forward, loss, [optimiser], config.fit, tracker, hooks, seed=config.seed, checkpoints=checkpoints)
+        return fit(
+            data, self.forward, loss, [optimiser], config.fit, tracker, hooks, seed=config.seed, checkpoints=checkpoints, guards=guards
+        )
 
     def prepare(self, batch: Batch, step: int) -> Batch:
         """Before an update: move the reference if it is time, and let the loss see the minibatch whole."""
@@ -168,6 +173,8 @@ class PreferenceLearning:
             batch = batch.with_tokens(logprobs_now=now.logprobs)
         elif self.algorithm.needs_own:
             batch = batch.with_tokens(logprobs_now=self._look(batch))
+        if training:  # before the loss takes these numbers into its running statistics
+            finite.check(batch, self.budget)
         prepared: Batch = self.algorithm.prepare(batch, others, training=training)
         return prepared
 

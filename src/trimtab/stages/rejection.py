@@ -33,8 +33,10 @@ from trimtab.rewards import RewardConfig
 from trimtab.rewards.isolation import Failures, none_scored, scored
 from trimtab.stages.common import StageConfig, nll_loss, part_means, report_failures, sample_row
 from trimtab.stages.sample import select
+from trimtab.training import finite
 from trimtab.training.checkpoint import Checkpoints, each_step
 from trimtab.training.fit import FitConfig, Hooks, fit
+from trimtab.training.guards import Guards, skipping
 from trimtab.training.optimiser import OptimConfig, Optimiser
 from trimtab.types import Group, Score
 
@@ -87,12 +89,13 @@ class Sampled:
 def rejection(config: RejectionConfig, run: Path, tracker: Tracker) -> dict[str, float]:
     """Sample, select and fine-tune for `rounds` rounds. Logs one line a round, and one of the final policy, whose metrics it returns."""
     rounds = Rounds(config, tracker)
+    guards = rounds.guards = Guards(run, config.guards, tracker, [rounds.optimiser])
     parts: dict[str, Stateful] = {"model": rounds.optimiser, "memory": rounds.engine.memory, "reward": rewards.State(rounds.reward)}
+    parts |= {"guards": guards}
     checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, {"model": rounds.model})
     start = checkpoints.restore()
-    rounds.engine.load((), start)
     tracker.event("training", steps=config.rounds + 1, prompts=len(rounds.prompts), done=start)
-    each_step(rounds.one, start, config.rounds, checkpoints)
+    each_step(rounds.one, start, config.rounds, checkpoints, guards)
     return rounds.report(config.rounds, rounds.sample(config.rounds), {})
 
 
@@ -110,10 +113,17 @@ class Rounds:
         self.reference = frozen_reference(self.model, config.model)
         self.engine = LocalEngine(self.model, config.sampling, config.engine)
         self.optimiser = Optimiser(self.model.trainable(), config.optim, 1)
+        self.guards: Guards | None = None
 
     def one(self, number: int) -> dict[str, float]:
-        """One round; returns its metrics."""
-        sampled = self.sample(number)
+        """One round; returns its metrics. Without numbers to select by (guards.skip), the round is left out."""
+        sampled = None
+        with skipping(self.guards):
+            sampled = self.sample(number)
+        if sampled is None:
+            metrics = self.guards.metrics() if self.guards else {}
+            self.tracker.log(number, metrics)
+            return metrics
         chosen = Batch(tuple(group.only(kept) for group, kept in zip(sampled.groups, sampled.kept, strict=True) if kept))
         if not chosen.groups:
             best = max(score.total for row in sampled.scores for score in row)
@@ -122,19 +132,24 @@ class Rounds:
                 fix="lower threshold, raise n, or start from a better model",
             )
         learnt = self.learn(chosen, number)
-        self.engine.load((), number + 1)
+        if self.guards is not None:
+            self.guards.see(loss=learnt.get("loss/nll"), kl=float(sampled.kl.mean()))
+            learnt |= self.guards.metrics()
         return self.report(number, sampled, learnt)
 
     def sample(self, number: int) -> Sampled:
         """The round's prompts, answered n times by the policy as it is, scored and selected."""
         config = self.config
+        self.engine.load((), number)
         prompts = [self.prompts[i] for i in self.cursor.at(number)]
         groups = self.engine.generate(prompts, config.n, seed=seeds.derive(config.seed, "generate", number))
         groups, scores, failures = scored(groups, self.reward.score(groups))
         if not groups:
             raise none_scored()
         log_ratio = self._logprobs(groups, self.model.forward) - self._logprobs(groups, self.reference.forward)
-        kl = Batch(tuple(groups)).sum_by_response(log_ratio)
+        batch = Batch(tuple(groups)).with_tokens(log_ratio=log_ratio)
+        finite.check(batch, config.micro_batch_tokens)
+        kl = batch.sum_by_response(log_ratio)
         return Sampled(groups, scores, kl, select(groups, scores, config.keep, config.threshold), failures)
 
     def _logprobs(self, groups: list[Group], forward: Callable[..., Outputs]) -> Tensor:
@@ -149,7 +164,8 @@ class Rounds:
         plan = FitConfig(batch_size=config.batch_size, epochs=config.epochs, micro_batch_tokens=config.micro_batch_tokens)
         self.optimiser.total_steps = plan.total_steps(len(chosen.groups))
         seed = seeds.derive(config.seed, "order of the kept", number)
-        fit(chosen, self.model.forward, nll_loss(config.aggregation), [self.optimiser], plan, losses, Hooks(dict), seed=seed)
+        loss, hooks = nll_loss(config.aggregation), Hooks(dict)
+        fit(chosen, self.model.forward, loss, [self.optimiser], plan, losses, hooks, seed=seed, guards=self.guards)
         return losses.means()
 
     def report(self, number: int, sampled: Sampled, learnt: Mapping[str, float]) -> dict[str, float]:
@@ -175,11 +191,15 @@ class Losses:
 
     def event(self, kind: str, **details: Any) -> None: ...
 
+    def rewind(self, step: int) -> None: ...
+
     def close(self) -> None: ...
 
     def means(self) -> dict[str, float]:
         names = ("loss/nll", "optim/grad_norm", "optim/lr", *(name for name in self.steps[0] if name.startswith("time/")))
-        return {name: sum(step[name] for step in self.steps) / len(self.steps) for name in names} | {"progress/updates": len(self.steps)}
+        taken = [step for step in self.steps if "loss/nll" in step]  # without those that were left out
+        means = {name: sum(step[name] for step in taken) / len(taken) for name in names} if taken else {}
+        return means | {"progress/updates": len(taken)}
 
 
 def describe(sampled: Sampled) -> dict[str, float]:

@@ -21,10 +21,11 @@ from trimtab.maths import reward_losses
 from trimtab.maths.statistics import wilson_interval
 from trimtab.models.loading import ModelConfig
 from trimtab.models.scorer import Scorer
-from trimtab.protocols import Tracker
+from trimtab.protocols import Stateful, Tracker
 from trimtab.stages.common import StageConfig, check_lengths, comparison_batch
 from trimtab.training.checkpoint import Checkpoints
 from trimtab.training.fit import FitConfig, Hooks, fit
+from trimtab.training.guards import Guards
 from trimtab.training.optimiser import OptimConfig, Optimiser
 from trimtab.types import Comparison
 
@@ -91,10 +92,11 @@ def reward(config: RewardModelConfig, run: Path, tracker: Tracker) -> dict[str, 
     head = {name: parameters.pop(name) for name in list(parameters) if "score." in name}
     optimisers = [Optimiser(own, how, steps) for own, how in ((parameters, config.optim), (head, config.head_optim)) if own]
     forward = scorer.scores if READS[config.loss.kind] == "response" else scorer.token_scores
-    parts = {f"optimiser_{i}": optimiser for i, optimiser in enumerate(optimisers)}
+    guards = Guards(run, config.guards, tracker, optimisers)
+    parts: dict[str, Stateful] = {"guards": guards, **{f"optimiser_{i}": optimiser for i, optimiser in enumerate(optimisers)}}
     checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, {"model": Normalised(scorer, reference, budget)})
     loss, hooks = reward_loss(config.loss), Hooks(evaluate)
-    metrics = fit(data, forward, loss, optimisers, config.fit, tracker, hooks, seed=config.seed, checkpoints=checkpoints)
+    metrics = fit(data, forward, loss, optimisers, config.fit, tracker, hooks, seed=config.seed, checkpoints=checkpoints, guards=guards)
     tracker.event("result", **{name: value for name, value in metrics.items() if name.startswith("eval/")})
     return metrics
 

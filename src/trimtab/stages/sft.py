@@ -19,6 +19,7 @@ from trimtab.protocols import Tracker
 from trimtab.stages.common import StageConfig, check_lengths, nll_loss
 from trimtab.training.checkpoint import Checkpoints
 from trimtab.training.fit import FitConfig, Hooks, fit
+from trimtab.training.guards import Guards
 from trimtab.training.optimiser import OptimConfig, Optimiser
 
 
@@ -50,6 +51,7 @@ def sft(config: SFTConfig, run: Path, tracker: Tracker) -> dict[str, float]:
         return {"eval/nll": nll, "eval/perplexity": float(torch.tensor(nll).exp())}
 
     optimiser = Optimiser(model.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
-    checkpoints = Checkpoints(run, config.checkpoint, tracker, {"model": optimiser}, {"model": model})
+    guards = Guards(run, config.guards, tracker, [optimiser])
+    checkpoints = Checkpoints(run, config.checkpoint, tracker, {"model": optimiser, "guards": guards}, {"model": model})
     loss, hooks = nll_loss(config.aggregation), Hooks(evaluate)
-    return fit(data, model.forward, loss, [optimiser], config.fit, tracker, hooks, seed=config.seed, checkpoints=checkpoints)
+    return fit(data, model.forward, loss, [optimiser], config.fit, tracker, hooks, seed=config.seed, checkpoints=checkpoints, guards=guards)

@@ -30,6 +30,7 @@ from trimtab import __version__, kernels, snapshot
 from trimtab.config import Config
 from trimtab.errors import RunError
 from trimtab.protocols import Stateful, Tracker
+from trimtab.training.guards import Guards
 from trimtab.training.interrupt import deferred
 
 STATE_TENSORS, STATE = "state.safetensors", "state.json"
@@ -75,17 +76,36 @@ class Checkpoints:
         if not found:
             return 0
         step, folder = next(iter(found.items()))
+        self._load(step, folder)
+        was = snapshot.facts(folder)
+        changed = {name: {"was": was.get(name), "is": now} for name, now in environment().items() if was.get(name) != now}
+        if changed:
+            self.tracker.event("environment changed", **changed)
+        return step
+
+    def go_back(self) -> int:
+        """Bring the newest whole checkpoint's state back in the middle of a run; returns the steps that were taken then."""
+        self.wait()
+        step, wrong = snapshot.last_good(self.folder)
+        if step is None:
+            raise RunError("no checkpoint is whole: there is nothing to go back to", where=str(self.folder), fix="start anew")
+        for folder in wrong:
+            folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
+        self._load(step, snapshot.step_folder(self.folder, step))
+        return step
+
+    def begin(self) -> None:
+        """Make sure that there is something to go back to."""
+        if self._written is None:
+            self.save(0, {})
+
+    def _load(self, step: int, folder: Path) -> None:
         state = read_state(folder)
         for name, part in self.parts.items():
             if name not in state:
                 raise RunError(f"the checkpoint has no state of {name!r}", where=str(folder), fix="resume with the recipe it was made with")
             part.load_state_dict(state[name])
         self._written = step
-        was = snapshot.facts(folder)
-        changed = {name: {"was": was.get(name), "is": now} for name, now in environment().items() if was.get(name) != now}
-        if changed:
-            self.tracker.event("environment changed", **changed)
-        return step
 
     def after(self, step: int, metrics: Mapping[str, float], *, last: bool = False) -> None:
         """After a step (counted from 1) with these metrics: save if it is time."""
@@ -154,18 +174,29 @@ class Checkpoints:
         return target.name
 
 
-def each_step(one: Callable[[int], dict[str, float]], start: int, total: int, checkpoints: Checkpoints | None) -> dict[str, float]:
-    """Take the steps that are left, saving when it is time; returns the last one's metrics.
+def each_step(
+    one: Callable[[int], dict[str, float]], start: int, total: int, checkpoints: Checkpoints | None, guards: Guards | None = None
+) -> dict[str, float]:
+    """Take the steps that are left, saving when it is time, and going back from spikes; returns the last one's metrics.
 
     Ctrl-C and SIGTERM let the step end and are raised when it is saved.
     """
     metrics: dict[str, float] = {}
+    step = start
     try:
         with deferred() as stop:
-            for step in range(start, total):
+            if checkpoints is not None and guards is not None and guards.watching and start < total:
+                checkpoints.begin()
+            while step < total:
+                if guards is not None:
+                    guards.begin(step)
                 metrics = one(step)
-                if checkpoints is not None:
-                    checkpoints.after(step + 1, metrics, last=step + 1 == total or stop.signal is not None)
+                if checkpoints is not None and guards is not None and guards.spike is not None:
+                    step = guards.go_back(step, checkpoints.go_back)
+                else:
+                    step += 1
+                    if checkpoints is not None:
+                        checkpoints.after(step, metrics, last=step == total or stop.signal is not None)
                 stop.check()
     finally:
         if checkpoints is not None:

@@ -13,6 +13,7 @@ from trimtab.data.cursor import Cursor
 from trimtab.protocols import Tracker
 from trimtab.training.checkpoint import Checkpoints, each_step
 from trimtab.training.clock import Clock
+from trimtab.training.guards import Guards, skipping
 from trimtab.training.optimiser import Optimiser
 from trimtab.training.update import update
 
@@ -53,6 +54,7 @@ def fit(
     *,
     seed: int,
     checkpoints: Checkpoints | None = None,
+    guards: Guards | None = None,
 ) -> dict[str, float]:
     """Train for `config.total_steps` steps, from the newest checkpoint on if there is one; returns the metrics of the last step."""
     total = config.total_steps(len(data.groups))
@@ -62,17 +64,21 @@ def fit(
 
     def one(step: int) -> dict[str, float]:
         clock = Clock()
-        batch = data.select(cursor.at(step))
-        if hooks.prepare is not None:
-            with clock("prepare"):
-                batch = hooks.prepare(batch, step)
-        raw = update(batch, forward, loss, optimisers, at=step, token_budget=config.micro_batch_tokens, clock=clock)
+        batch, raw = data.select(cursor.at(step)), dict[str, float]()
+        with skipping(guards):
+            if hooks.prepare is not None:
+                with clock("prepare"):
+                    batch = hooks.prepare(batch, step)
+            raw = update(batch, forward, loss, optimisers, at=step, token_budget=config.micro_batch_tokens, clock=clock)
         metrics = {name: value for name, value in raw.items() if "/" in name}
-        metrics |= {"optim/grad_norm": raw["grad_norm"]}
+        metrics |= {"optim/grad_norm": raw["grad_norm"]} if raw else {}
+        if guards is not None and checkpoints is not None:
+            guards.see(loss=raw.get("loss"))
+            metrics |= guards.metrics()
         metrics |= {"optim/lr": optimisers[0].lr(step), "progress/epoch": cursor.epoch(step + 1), **clock.seconds}
         if step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0):
             metrics |= hooks.evaluate()
         tracker.log(step, metrics)
         return metrics
 
-    return each_step(one, start, total, checkpoints)
+    return each_step(one, start, total, checkpoints, guards if checkpoints else None)

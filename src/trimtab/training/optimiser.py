@@ -47,6 +47,7 @@ class Optimiser:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, total_steps: int) -> None:
         self.config, self.total_steps = config, total_steps
+        self.lr_factor = 1.0  # lowered by guards after a spike
         self.parameters = dict(parameters)
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
@@ -65,26 +66,21 @@ class Optimiser:
 
     def lr(self, at: int) -> float:
         """The learning rate at a position of the schedule."""
-        return learning_rate(self.config, at, self.total_steps)
+        return self.lr_factor * learning_rate(self.config, at, self.total_steps)
 
     @torch.no_grad()
     def grad_norm(self) -> float:
-        """The global norm of the gradients gathered so far. Raises NumericalError if there is none or it is not finite."""
-        grads = self._grads()
+        """The global norm of the gradients gathered so far. Raises NumericalError if there are none."""
+        grads = self.gradients()
         if not grads:
             raise NumericalError("no parameter received a gradient", fix="nothing to train: check model.lora and the data")
-        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).double()))
-        if not math.isfinite(norm):
-            raise NumericalError(
-                f"the gradient's norm is {norm}; the step was not taken", fix="lower the learning rate or look at the batch"
-            )
-        return norm
+        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).double()))
 
     @torch.no_grad()
     def step(self, at: int, norm: float) -> None:
         """Clip gradients of this norm, step, and clear them. at: the position in the learning-rate schedule."""
         if norm > self.config.max_grad_norm:
-            torch._foreach_mul_(self._grads(), self.config.max_grad_norm / norm)
+            torch._foreach_mul_(self.gradients(), self.config.max_grad_norm / norm)
         for group in self.adam.param_groups:
             group["lr"] = self.lr(at)
         self.adam.step()
@@ -115,8 +111,11 @@ class Optimiser:
                     "step": state["step"][name].clone(),
                     **{moment: state[moment][name].to(master.device, copy=True) for moment in ("exp_avg", "exp_avg_sq")},
                 }
+            else:  # a checkpoint of before the first step
+                self.adam.state.pop(master, None)
 
-    def _grads(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
+        """What has been gathered so far."""
         return [m.grad for m in self.masters.values() if m.grad is not None]
 
     def zero_grad(self) -> None:

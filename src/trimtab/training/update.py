@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.batch import Batch, Counts, LossFunction, Outputs, join
-from trimtab.errors import NumericalError
+from trimtab.training import finite
 from trimtab.training.clock import Clock
 from trimtab.training.optimiser import Optimiser
 
@@ -30,16 +31,18 @@ def update(
     clock: is told how long forward passes (with the loss), backward passes and the optimiser take.
 
     The result does not depend on how the minibatch is cut into micro-batches of at most `token_budget` packed tokens.
-    Raises NumericalError, with no weight changed, when a loss or a gradient is not finite.
+    Raises NumericalError with the samples, and with no weight changed, when a column of the batch, a loss or a gradient is not finite.
     """
     clock = clock or Clock()
+    finite.check(batch, token_budget)
     try:
         means, maxima = _gather(batch, forward, loss, token_budget, clock)
         with clock("optimiser"):
             norms = [optimiser.grad_norm() for optimiser in optimisers]
+        if not all(map(math.isfinite, norms)):
+            raise finite.refusal(f"the gradient's norm is {norms}", _culprits(batch, forward, loss, optimisers, token_budget))
     except BaseException:
-        for optimiser in optimisers:
-            optimiser.zero_grad()
+        _clear(optimisers)
         raise
     with clock("optimiser"):
         for optimiser, norm in zip(optimisers, norms, strict=True):
@@ -80,12 +83,15 @@ def _gather(
     counts = Counts.of(batch)
     means: dict[str, Tensor] = {}
     maxima: dict[str, Tensor] = {}
-    for micro in batch.micro_batches(token_budget):
+    for number, micro in enumerate(batch.micro_batches(token_budget)):
         with clock("forward"):
-            part = loss(forward(micro), micro, counts)
+            outputs = forward(micro)
+            part = loss(outputs, micro, counts)
             value = part.value.detach()
         if not torch.isfinite(value):
-            raise NumericalError(f"the loss is {float(value)}; the step was not taken", where=_where(micro), fix="lower the learning rate")
+            rows = finite.suspects(micro, finite.said(outputs), number) or finite.all_of(micro, "loss", number)
+            raise finite.refusal(f"the loss is {float(value)}", rows)
+        del outputs
         with clock("backward"):
             part.value.backward()
         for name, term in {**part.means, "loss": value}.items():
@@ -95,6 +101,22 @@ def _gather(
     return means, maxima
 
 
-def _where(batch: Batch) -> str:
-    shown = " | ".join(f"{g.prompt.as_text[:40]!r} -> {g.responses[0].text[:40]!r}" for g in batch.groups[:3])
-    return f"micro-batch of {len(batch.groups)} groups: {shown}"
+def _culprits(
+    batch: Batch, forward: Callable[[Batch], Outputs], loss: LossFunction, optimisers: Sequence[Optimiser], token_budget: int
+) -> list[finite.Row]:
+    """The groups whose own gradient is not finite, found one by one; all, where only their sum is not."""
+    counts, rows, every = Counts.of(batch), list[finite.Row](), list[finite.Row]()
+    for number, micro in enumerate(batch.micro_batches(token_budget)):
+        every += finite.all_of(micro, "gradient", number)
+        for group in range(len(micro.groups)):
+            _clear(optimisers)
+            alone = micro.select([group])
+            loss(forward(alone), alone, counts).value.backward()
+            if not all(bool(torch.isfinite(gradient).all()) for optimiser in optimisers for gradient in optimiser.gradients()):
+                rows += finite.all_of(alone, "gradient", number)
+    return rows or every
+
+
+def _clear(optimisers: Sequence[Optimiser]) -> None:
+    for optimiser in optimisers:
+        optimiser.zero_grad()

@@ -57,6 +57,9 @@ class MlflowTracker:
         self._status = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}.get(kind, self._status)
         self._client.set_tag(self._id, _name(f"event/{kind}"), str(details)[:LONGEST_PARAM])
 
+    def rewind(self, step: int) -> None:
+        """What was sent stays: the steps come a second time, after the event that says why."""
+
     def close(self) -> None:
         self._client.set_terminated(self._id, self._status)
 

@@ -31,6 +31,9 @@ class TensorBoardTracker:
     def event(self, kind: str, **details: Any) -> None:
         self._text(0, f"event/{kind}", _code(json.dumps(details, ensure_ascii=False, default=str)))
 
+    def rewind(self, step: int) -> None:
+        """What was sent stays: the steps come a second time, after the event that says why."""
+
     def close(self) -> None:
         self._writer.close()
 

@@ -45,6 +45,9 @@ class WandbTracker:
     def event(self, kind: str, **details: Any) -> None:
         self._run.summary[f"event/{kind}"] = {name: str(value) for name, value in details.items()}
 
+    def rewind(self, step: int) -> None:
+        """What was sent stays: the steps come a second time, after the event that says why."""
+
     def close(self) -> None:
         self._run.finish()
 
