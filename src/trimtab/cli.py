@@ -170,7 +170,9 @@ def _stage(name: str, config: Any, *, overwrite: bool = False, resume: bool = Fa
 
     command, run = COMMANDS[name], _load(COMMANDS[name].run)
     how = {"trackers": config.trackers, "overwrite": overwrite, "resume": resume}
-    with session(name, config.output, to_yaml(config), **how) as directory:
+    written = to_yaml(config)
+    config = config.model_copy(update={"resume": "auto"}) if resume else config
+    with session(name, config.output, written, **how) as directory:
         metrics = run(name, config, directory.path, directory) if command.named else run(config, directory.path, directory)
     if resume and not metrics:
         print(f"{config.output}: nothing was left to do", file=sys.stderr)

@@ -117,8 +117,8 @@ def policy(name: str, config: PolicyConfig, run: Path, tracker: Tracker) -> dict
         learner.data_report(tracker)
         guards = Guards(run, config.guards, tracker, [*learner.actor.optimisers().values()])
         parts = {**learner.parts(), "guards": guards}
-        checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, learner.actor.saveables())
-        start = checkpoints.restore()
+        checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, learner.actor.saveables(), resume=config.resume)
+        start = checkpoints.start()
         tracker.event("training", steps=config.steps, prompts=len(learner.prompts), done=start)
 
         def one(step: int) -> dict[str, float]:

@@ -112,7 +112,7 @@ class PreferenceLearning:
         moving: dict[str, Any] = {"reference": self.moving} if self.moving else {}
         guards = Guards(run, config.guards, tracker, [optimiser])
         parts = {"model": optimiser, "algorithm": self.algorithm, "guards": guards, **moving}
-        checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, {"model": model, **moving})
+        checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, {"model": model, **moving}, resume=config.resume)
         hooks, loss = Hooks(self.evaluate, self.prepare), self.algorithm.loss
         return fit(
             data, self.forward, loss, [optimiser], config.fit, tracker, hooks, seed=config.seed, checkpoints=checkpoints, guards=guards

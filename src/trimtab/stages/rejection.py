@@ -92,8 +92,8 @@ def rejection(config: RejectionConfig, run: Path, tracker: Tracker) -> dict[str,
     guards = rounds.guards = Guards(run, config.guards, tracker, [rounds.optimiser])
     parts: dict[str, Stateful] = {"model": rounds.optimiser, "memory": rounds.engine.memory, "reward": rewards.State(rounds.reward)}
     parts |= {"guards": guards}
-    checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, {"model": rounds.model})
-    start = checkpoints.restore()
+    checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, {"model": rounds.model}, resume=config.resume)
+    start = checkpoints.start()
     tracker.event("training", steps=config.rounds + 1, prompts=len(rounds.prompts), done=start)
     each_step(rounds.one, start, config.rounds, checkpoints, guards)
     return rounds.report(config.rounds, rounds.sample(config.rounds), {})

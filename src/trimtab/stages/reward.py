@@ -94,7 +94,9 @@ def reward(config: RewardModelConfig, run: Path, tracker: Tracker) -> dict[str, 
     forward = scorer.scores if READS[config.loss.kind] == "response" else scorer.token_scores
     guards = Guards(run, config.guards, tracker, optimisers)
     parts: dict[str, Stateful] = {"guards": guards, **{f"optimiser_{i}": optimiser for i, optimiser in enumerate(optimisers)}}
-    checkpoints = Checkpoints(run, config.checkpoint, tracker, parts, {"model": Normalised(scorer, reference, budget)})
+    checkpoints = Checkpoints(
+        run, config.checkpoint, tracker, parts, {"model": Normalised(scorer, reference, budget)}, resume=config.resume
+    )
     loss, hooks = reward_loss(config.loss), Hooks(evaluate)
     metrics = fit(data, forward, loss, optimisers, config.fit, tracker, hooks, seed=config.seed, checkpoints=checkpoints, guards=guards)
     tracker.event("result", **{name: value for name, value in metrics.items() if name.startswith("eval/")})

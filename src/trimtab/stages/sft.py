@@ -52,6 +52,8 @@ def sft(config: SFTConfig, run: Path, tracker: Tracker) -> dict[str, float]:
 
     optimiser = Optimiser(model.trainable(), config.optim, config.fit.total_steps(len(data.groups)))
     guards = Guards(run, config.guards, tracker, [optimiser])
-    checkpoints = Checkpoints(run, config.checkpoint, tracker, {"model": optimiser, "guards": guards}, {"model": model})
+    checkpoints = Checkpoints(
+        run, config.checkpoint, tracker, {"model": optimiser, "guards": guards}, {"model": model}, resume=config.resume
+    )
     loss, hooks = nll_loss(config.aggregation), Hooks(evaluate)
     return fit(data, model.forward, loss, [optimiser], config.fit, tracker, hooks, seed=config.seed, checkpoints=checkpoints, guards=guards)

@@ -59,16 +59,29 @@ class Checkpoints:
 
     parts:  what decides the run's future, by name.
     models: what is saved to be used elsewhere, by folder.
+    resume: auto: go on from the newest checkpoint that is there.
     """
 
     def __init__(
-        self, run: Path, config: CheckpointConfig, tracker: Tracker, parts: Mapping[str, Stateful], models: Mapping[str, Saveable]
+        self,
+        run: Path,
+        config: CheckpointConfig,
+        tracker: Tracker,
+        parts: Mapping[str, Stateful],
+        models: Mapping[str, Saveable],
+        *,
+        resume: Literal["never", "auto"] = "never",
     ) -> None:
+        self.resume = resume
         self.folder, self.config, self.tracker, self.parts, self.models = run / "checkpoints", config, tracker, parts, models
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[str] | None = None
         self._written: int | None = None
         self._since = time.monotonic()
+
+    def start(self) -> int:
+        """The steps taken before this one of the run's processes: those of its newest checkpoint, if it is to be gone on with."""
+        return self.restore() if self.resume == "auto" else 0
 
     def restore(self) -> int:
         """Bring the newest checkpoint's state into the parts; returns the steps taken, 0 where there is no checkpoint."""

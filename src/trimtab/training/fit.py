@@ -59,7 +59,7 @@ def fit(
     """Train for `config.total_steps` steps, from the newest checkpoint on if there is one; returns the metrics of the last step."""
     total = config.total_steps(len(data.groups))
     cursor = Cursor(len(data.groups), min(config.batch_size, len(data.groups)), seed)
-    start = checkpoints.restore() if checkpoints else 0
+    start = checkpoints.start() if checkpoints else 0
     tracker.event("training", steps=total, groups=len(data.groups), done=start)
 
     def one(step: int) -> dict[str, float]:
