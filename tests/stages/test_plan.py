@@ -129,7 +129,8 @@ def test_peak_and_step_time_are_what_a_run_really_takes(kind: str, place: Path) 
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, env=environment)
     peak = 1024 * int(done.stdout.rsplit("VmHWM:", 1)[1].split()[0])
     ask = (
-        "import sys, json; from trimtab.cli import _config_of; from trimtab.config import load_recipe; from trimtab.stages.plan import plan; "
+        "import sys, json; from trimtab.cli import _config_of; from trimtab.config import load_recipe; "
+        "from trimtab.stages.plan import plan; "
         "made = plan(load_recipe(_config_of(sys.argv[1]), None, sys.argv[2:])); print(json.dumps([made.peak, made.seconds, made.memory]))"
     )
     asked = subprocess.run([sys.executable, "-c", ask, *words], capture_output=True, text=True, check=True, env=environment)

@@ -22,7 +22,8 @@ from trimtab.data.records import load_comparisons, load_demonstrations, load_pro
 from trimtab.engines.cache import round_up
 from trimtab.engines.local import LocalEngine
 from trimtab.errors import ConfigError
-from trimtab.models import loading
+from trimtab.models import loading, packed
+from trimtab.models.fused import take_kernels
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import ModelConfig
 from trimtab.models.scorer import Scorer
@@ -40,8 +41,8 @@ PROBED = (64, 192)
 class Sizes:
     """What decides memory and time beside the model.
 
-    prompt, response: tokens of the longest prompt and response. group, micro, step: packed tokens of the largest group, of a
-    micro-batch, and of a step. rows: responses decoded side by side; sampled: responses of a step (0: nothing is sampled).
+    prompt, response: tokens of the longest prompt and response. micro, step: packed tokens of a micro-batch and of a step.
+    rows: responses decoded side by side; sampled: responses of a step (0: nothing is sampled).
     """
 
     prompt: int
@@ -137,7 +138,8 @@ def sizes_of(config: Any) -> Sizes:
     counts = sorted((g.token_count for g in groups), reverse=True)
     size = min(config.fit.batch_size, len(counts))
     micro = max(counts[0], min(sum(counts[:size]), config.fit.micro_batch_tokens))
-    return Sizes(prompt, response, micro, round(size * sum(counts) / len(counts)))
+    several = round(sum(len(g.responses) for g in groups) / len(groups))
+    return Sizes(prompt, response, micro, round(size * sum(counts) / len(counts)), per_prompt=several)
 
 
 def count(config: ModelConfig, *, scorer: bool = False, trainable: bool = True) -> Parameters:
@@ -189,7 +191,7 @@ def _others(config: Any, own: Parameters) -> int:
 
 def cache_bytes(config: ModelConfig, sizes: Sizes) -> int:
     """Keys and values of the rows that are decoded side by side, and of their prompts."""
-    shape = _architecture(config).get_text_config()
+    shape: Any = _architecture(config).get_text_config()
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     cells = sizes.rows * round_up(sizes.response) + math.ceil(sizes.rows / sizes.per_prompt) * round_up(sizes.prompt)
@@ -198,7 +200,8 @@ def cache_bytes(config: ModelConfig, sizes: Sizes) -> int:
 
 def activation_bytes(config: ModelConfig, tokens: int, *, scorer: bool = False) -> int:
     """What a backward pass over so many packed tokens keeps."""
-    depth, width = _architecture(config).get_text_config().num_hidden_layers, _architecture(config).get_text_config().hidden_size
+    shape = _architecture(config).get_text_config()
+    depth, width = int(shape.num_hidden_layers), int(shape.hidden_size)
     kept = {layers: [_kept(config, layers, n, scorer=scorer) for n in PROBED] for layers in (1, 2)}
     layer = _line([two - one for one, two in zip(kept[1], kept[2], strict=True)], tokens)
     rest = _line(kept[1], tokens) - layer
@@ -210,12 +213,13 @@ def activation_bytes(config: ModelConfig, tokens: int, *, scorer: bool = False) 
 def seconds_of(config: Any, sizes: Sizes) -> dict[str, float]:
     """Seconds of a step by what takes them, measured on the model itself: twice, of which the second counts."""
     model = LanguageModel.load(config.model)
-    clock, batch = Clock(), synthetic(sizes.micro, model.plain.config.get_text_config().vocab_size)
+    clock, batch = Clock(), shaped(sizes, model.plain.config.get_text_config().vocab_size)
+    tokens = sum(group.token_count for group in batch.groups)
     optimiser = Optimiser(model.trainable(), OptimConfig(lr=1e-30), 2)
     for at in range(2):
         clock = Clock()
         update(batch, model.forward, nll_loss("token"), [optimiser], at=at, token_budget=sizes.micro, clock=clock)
-    per_token = {part: clock.parts[f"time/{part}"] / sizes.micro for part in ("forward", "backward")}
+    per_token = {part: clock.parts[f"time/{part}"] / tokens for part in ("forward", "backward")}
     updates = getattr(getattr(config, "algorithm", None), "minibatches", 1) * sizes.epochs
     seconds = {part: rate * sizes.step * sizes.epochs for part, rate in per_token.items()}
     seconds["optimiser"] = clock.parts["time/optimiser"] * updates
@@ -223,7 +227,7 @@ def seconds_of(config: Any, sizes: Sizes) -> dict[str, float]:
         start = time.perf_counter()
         observe(batch, model.forward, token_budget=sizes.micro)
         looks = 1 + (config.reference.role != "none")
-        seconds["observe"] = looks * (time.perf_counter() - start) / sizes.micro * sizes.step
+        seconds["observe"] = looks * (time.perf_counter() - start) / tokens * sizes.step
         seconds["generate"] = _decoding(model, config, sizes)
     return seconds
 
@@ -249,6 +253,13 @@ def synthetic(tokens: int, vocabulary: int) -> Batch:
     second = max(1, tokens - prompt - first)
     responses = tuple(Response(_tokens(n, vocabulary, i), "") for i, n in enumerate((first, second)))
     return Batch((Group(Prompt(_tokens(prompt, vocabulary, 2), ""), responses),))
+
+
+def shaped(sizes: Sizes, vocabulary: int) -> Batch:
+    """A micro-batch of groups as large as the recipe's: what attention costs depends on their lengths."""
+    responses = tuple(Response(_tokens(sizes.response, vocabulary, i), "") for i in range(sizes.per_prompt))
+    group = Group(Prompt(_tokens(sizes.prompt, vocabulary, 2), ""), responses)
+    return Batch((group,) * max(1, sizes.micro // group.token_count))
 
 
 def available(device: str) -> int:
@@ -281,9 +292,8 @@ def _kept(config: ModelConfig, layers: int, tokens: int, *, scorer: bool) -> int
     """Bytes that autograd keeps after a forward pass of the first layers, without the parameters."""
     device = loading.resolve_device(config.device)
     model = _bare(config.model_copy(update={"layers": layers}), scorer=scorer, device=str(device))
-    loading.take_kernels(model)
+    take_kernels(model)
     template = loading.load_template(loading.resolve_path(config.path), "auto")
-    reader = (Scorer if scorer else _Unchecked)(model, template)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -295,7 +305,7 @@ def _kept(config: ModelConfig, layers: int, tokens: int, *, scorer: bool) -> int
 
     batch = synthetic(tokens, model.config.get_text_config().vocab_size)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        said = reader.token_scores(batch).token_scores if scorer else reader.forward(batch).logprobs
+        said = Scorer(model, template).token_scores(batch).token_scores if scorer else _Unchecked(model, template).forward(batch).logprobs
     assert said is not None
     return sum(kept.values())
 
@@ -311,11 +321,11 @@ def _bare(config: ModelConfig, *, scorer: bool, device: str) -> Any:
     """A model of this architecture and precision, whose weights mean nothing."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    loading.packed.register()
+    packed.register()
     kind, options = (AutoModelForSequenceClassification, {"num_labels": 1}) if scorer else (AutoModelForCausalLM, {})
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        model = kind.from_config(_architecture(config, **options), dtype=_dtype(config), attn_implementation=loading.packed.ATTENTION)
+        model = kind.from_config(_architecture(config, **options), dtype=_dtype(config), attn_implementation=packed.ATTENTION)
     return model.eval()
 
 
