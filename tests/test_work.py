@@ -271,6 +271,11 @@ def frozen_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "add_adapter", unfrozen)
 
 
+def _whole_logits(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(logprobs.kernels, "serves", lambda x: False)  # a kernel makes no float32 logits at all
+    patch.setattr(logprobs, "SLICE_ELEMENTS", 2**40)
+
+
 LOST: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "a second reference pass": ("dpo", lambda patch: twice(patch, PreferenceLearning, "_look")),
     "a look that is not learnt from": ("grpo", lambda patch: patch.setattr(Ahead, "serves", lambda *_: False)),
@@ -279,7 +284,7 @@ LOST: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "logits over the prompt": ("sft", logits_everywhere),
     "prompts repeated in training": ("dpo", repeated_prompts),
     "prompts repeated in sampling": ("generation", prompts_read_for_every_response),
-    "all logits in float32": ("sft", lambda patch: patch.setattr(logprobs, "SLICE_ELEMENTS", 2**40)),
+    "all logits in float32": ("sft", _whole_logits),
     "the head computed again": ("sft", lambda patch: patch.setattr(logprobs, "PART_BYTES", 2**20)),
     "layers computed again": ("reward", layers_again),
     "gradients of frozen weights": ("grpo, adapter", frozen_gradients),

@@ -148,7 +148,7 @@ def test_the_mask_of_the_ablation_is_the_packed_models_own_attention() -> None:
     batch = Batch(tuple(groups_of([row(9, 5, 3), row(4, 6, 2)])))
     with torch.no_grad():
         expected = model.forward(batch).logprobs
-        own, packed = Layout.attend, SWITCHES["attention by blocks"].patch
+        own, packed = Layout.attend, SWITCHES["attention of our own"].patch
         assert packed is not None
         try:
             packed()
