@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -31,7 +32,7 @@ from trimtab.config import Config
 from trimtab.errors import RunError
 from trimtab.protocols import Stateful, Tracker
 from trimtab.training.guards import Guards
-from trimtab.training.interrupt import deferred
+from trimtab.training.interrupt import Stop, deferred
 
 STATE_TENSORS, STATE = "state.safetensors", "state.json"
 
@@ -192,12 +193,13 @@ def each_step(
 ) -> dict[str, float]:
     """Take the steps that are left, saving when it is time, and going back from spikes; returns the last one's metrics.
 
-    Ctrl-C and SIGTERM let the step end and are raised when it is saved.
+    Ctrl-C and SIGTERM let the step end and are raised when it is saved; where nothing is saved they interrupt at once, as a loop within a
+    step of another does.
     """
     metrics: dict[str, float] = {}
     step = start
     try:
-        with deferred() as stop:
+        with deferred() if checkpoints is not None else nullcontext(Stop()) as stop:
             if checkpoints is not None and guards is not None and guards.watching and start < total:
                 checkpoints.begin()
             while step < total:
