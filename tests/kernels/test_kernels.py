@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tiny
 from trimtab import kernels
 from trimtab.batch import Batch
-from trimtab.kernels import elementwise
+from trimtab.kernels import elementwise, products
 from trimtab.maths.logprobs import Head, token_logprobs
 from trimtab.models import attention as blocks
 from trimtab.models import fused
@@ -137,11 +137,48 @@ def test_gate_of_extreme_numbers_is_finite() -> None:
 
 
 @there
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows, inner, outer", [(1, 16, 48), (77, 64, 112), (600, 48, 32), (2501, 80, 16), (19, 4112, 96), (30, 96, 4112)])
+def test_linear_layers_are_nearer_to_the_exact_ones_than_torch(rows: int, inner: int, outer: int, bias: bool) -> None:
+    inputs = [draw(rows, inner), draw(outer, inner, seed=1), *([draw(outer, seed=2)] if bias else [])]
+    ours = values_and_gradients(lambda x, w, b=None: products.linear(x, w, b), inputs, torch.bfloat16)
+    theirs = values_and_gradients(nn.functional.linear, inputs, torch.bfloat16)
+    right = values_and_gradients(nn.functional.linear, inputs, torch.float64)
+    for found, other, exact in zip(ours, theirs, right, strict=True):
+        assert error(found, exact) <= min(4e-3, 1.01 * error(other, exact))
+
+
+@there
+def test_linear_layers_depend_neither_on_threads_nor_on_company() -> None:
+    x, weight, grad = draw(700, 2064), draw(96, 2064, seed=1), draw(700, 96, seed=2)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            sums = torch.ones(96, 2064)
+            products.add_weight_gradient(grad, x, sums)
+            found.append([products.linear(x, weight, None), products.input_gradient(grad, weight), sums])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert torch.equal(products.linear(x[690:693], weight, None), found[0][0][690:693])
+
+
+@there
+def test_weight_gradients_are_added_up_in_float32_where_the_optimiser_wants_them() -> None:
+    x, weight = draw(50, 32), draw(16, 32, seed=1).requires_grad_()
+    weight.main_grad = torch.full((16, 32), 1e4)  # type: ignore[attr-defined]
+    products.linear(x, weight, None).sum().backward()
+    assert weight.grad is None
+    assert error(weight.main_grad - 1e4, x.double().sum(0).expand(16, 32)) < 1e-3  # type: ignore[attr-defined]
+
+
+@there
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
 def test_a_copied_model_takes_its_own_weights(architecture: str) -> None:
     model = tiny.model(architecture, torch.bfloat16)
     fused.take_kernels(model)
-    replaced = [module for module in model.modules() if "forward" in vars(module)]
+    replaced = [module for module in model.modules() if "forward" in vars(module) and type(module) is not nn.Linear]
     assert len(replaced) == {"llama": 9, "qwen3": 13, "gemma3": 0}[architecture]  # Gemma's norm multiplies by 1 + w, its gate is another
     for module in copy.deepcopy(model).modules():
         if "forward" in vars(module):

@@ -66,25 +66,6 @@ Range share(int total) {
     return {(int)(total * me / count), (int)(total * (me + 1) / count)};
 }
 
-// ROWS rows of one panel; fetches `lines` cache lines a step from `ahead` on.
-template <int ROWS> inline void block(int pairs, const bf16* a, long lda, const uint32_t* b, float* c, long ldc, bool add, const char* ahead, int lines) {
-    __m512 sum[ROWS][3];
-    for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < 3; j++) sum[i][j] = add ? _mm512_loadu_ps(c + i * ldc + LANES * j) : _mm512_setzero_ps();
-    for (int k = 0; k < pairs; k++, b += PANEL) {
-        for (int l = 0; l < lines; l++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
-        const __m512bh right[3] = {(__m512bh)_mm512_loadu_si512(b), (__m512bh)_mm512_loadu_si512(b + LANES), (__m512bh)_mm512_loadu_si512(b + 2 * LANES)};
-        for (int i = 0; i < ROWS; i++) {
-            int32_t pair;
-            std::memcpy(&pair, a + i * lda + 2 * k, sizeof pair);
-            const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
-            for (int j = 0; j < 3; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
-        }
-    }
-    for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < 3; j++) _mm512_storeu_ps(c + i * ldc + LANES * j, sum[i][j]);
-}
-
 // c [n, 48] (+)= a [n, in] W^T + b for one panel; meanwhile the panel `next` of as many bytes is fetched.
 void multiply_panel(const Matrix& m, int j, const uint32_t* next, const bf16* a, long lda, int n, float* c, long ldc, bool add) {
     if (m.bias) {
@@ -97,20 +78,13 @@ void multiply_panel(const Matrix& m, int j, const uint32_t* next, const bf16* a,
     const char* ahead = (const char*)next;
     int left = 3;  // parts of `pairs` lines that the next panel has
     const int lines = n >= 3 * ROWS_AT_ONCE ? 1 : 3;
-    const auto fetched = [&]() {
+    in_tiles<ROWS_AT_ONCE>(n, [&](auto count, int i) {
         const int now = std::min(left, lines);
+        product_block<count(), 3>(pairs, a + i * lda, lda, b, PANEL, c + i * ldc, ldc, add, [&]() {
+            for (int l = 0; l < now; l++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+        });
         left -= now;
-        return now;
-    };
-#define ROWS_OF(ROWS)                                                  \
-    const int now = fetched();                                         \
-    block<ROWS>(pairs, a, lda, b, c, ldc, add, ahead, now);            \
-    n -= ROWS, a += ROWS * lda, c += ROWS * ldc, ahead += 64L * now * pairs;
-    while (n >= 8) { ROWS_OF(8) }
-    if (n >= 4) { ROWS_OF(4) }
-    if (n >= 2) { ROWS_OF(2) }
-    if (n) { ROWS_OF(1) }
-#undef ROWS_OF
+    });
 }
 
 // A thread's panels, `together` at a time: f(j, the panel that follows). After its last comes its first of the matrix `then`.
@@ -155,34 +129,6 @@ inline __m512 silu(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
-void transpose(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 8; i++) t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]), t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int j = 0; j < 4; j++) {
-        const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-        const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-        t[j] = _mm512_shuffle_i32x4(a, b, 0x88), t[8 + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
-        t[4 + j] = _mm512_shuffle_i32x4(c, d, 0x88), t[12 + j] = _mm512_shuffle_i32x4(c, d, 0xdd);
-    }
-    for (int i = 0; i < 16; i++) r[i] = t[i];
-}
-
-// Rows [count, 2 pairs] as [pairs, columns 0 .. round_up(count, 16) - 1 of width], zeros beyond `count`.
-void pack(const bf16* x, long stride, int count, int pairs, int width, uint32_t* to) {
-    for (int row = 0; row < count; row += LANES)
-        for (int pair = 0; pair < pairs; pair += LANES) {
-            const __mmask16 real = first_lanes(pairs - pair);
-            __m512i r[16];
-            for (int i = 0; i < 16; i++) r[i] = row + i < count ? _mm512_maskz_loadu_epi32(real, x + (row + i) * stride + 2 * pair) : _mm512_setzero_si512();
-            transpose(r);
-            for (int i = 0; i < std::min(16, pairs - pair); i++) _mm512_storeu_si512(to + (long)(pair + i) * width + row, r[i]);
-        }
-}
-
 // Rows that share a prompt: places first .. first + count - 1 of the order.
 struct Chunk {
     int first, count;
@@ -225,7 +171,7 @@ class Attention {
         uint32_t* values = scratch.take<uint32_t>((size_t)n * dim / 2);
 
         const long prompt = ((long)s.places[rows[0]] * t.kv + head) * s.prompt_room * dim;
-        pack(kept.prompt_keys + prompt, dim, length, dim / 2, left, keys);
+        pack_transposed(kept.prompt_keys + prompt, dim, length, dim, left, keys);
         pack_rows(kept.prompt_values + prompt, dim, length, dim, left, values);
         for (int i = 0; i < chunk.count; i++) {
             const int row = rows[i];
@@ -242,7 +188,7 @@ class Attention {
         for (int i = 0; i < chunk.count; i++) {
             const int time = s.times[rows[i]], width = round_up(time + 1, LANES);
             const long own = ((long)rows[i] * t.kv + head) * s.room * dim;
-            pack(kept.own_keys + own, dim, time + 1, dim / 2, width, keys);
+            pack_transposed(kept.own_keys + own, dim, time + 1, dim, width, keys);
             product(rep_, width, dim / 2, query + i * rep_ * dim, dim, keys, width, scores + (long)i * rep_ * n + left, n, false);
         }
         float scale[CHUNK * 64];
@@ -432,7 +378,7 @@ void decode_pack(const bf16* weight, int out, int in, int step, int first, uint3
         const int count = std::min(PANEL, out - j * PANEL);
         uint32_t* panel = to + ((long)j * step + first) * pairs * PANEL;
         if (count < PANEL) std::memset(panel, 0, (size_t)pairs * PANEL * sizeof *panel);
-        pack(weight + (long)j * PANEL * in, in, count, pairs, PANEL, panel);
+        pack_transposed(weight + (long)j * PANEL * in, in, count, in, PANEL, panel);
     }
 }
 

@@ -3,10 +3,12 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 using bf16 = uint16_t;
 constexpr int LANES = 16;
@@ -79,37 +81,44 @@ class Scratch {
     size_t size_ = 0, used_ = 0;
 };
 
-template <int ROWS, int COLUMNS>
-inline void product_block(int pairs, const bf16* a, long lda, const uint32_t* b, long ldb, float* c, long ldc, bool add) {
-    __m512 sum[ROWS][COLUMNS];
-    for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < COLUMNS; j++) sum[i][j] = add ? _mm512_loadu_ps(c + i * ldc + LANES * j) : _mm512_setzero_ps();
-    for (int k = 0; k < pairs; k++) {
+// sum += a b: pair k of row i begins at a[i * row + k * pair], those of b lie in rows of ldb lanes. between() is called before each pair.
+template <int ROWS, int COLUMNS, typename F>
+inline void accumulate(int pairs, const bf16* a, long row, long pair, const uint32_t* b, long ldb, __m512 (&sum)[ROWS][COLUMNS], F between) {
+    for (int k = 0; k < pairs; k++, a += pair, b += ldb) {
+        between();
         __m512bh right[COLUMNS];
-        for (int j = 0; j < COLUMNS; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + k * ldb + LANES * j);
+        for (int j = 0; j < COLUMNS; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + LANES * j);
         for (int i = 0; i < ROWS; i++) {
-            int32_t pair;
-            std::memcpy(&pair, a + i * lda + 2 * k, sizeof pair);
-            const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+            int32_t two;
+            std::memcpy(&two, a + i * row, sizeof two);
+            const __m512bh left = (__m512bh)_mm512_set1_epi32(two);
             for (int j = 0; j < COLUMNS; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
         }
     }
+}
+
+template <int ROWS, int COLUMNS, typename F>
+inline void product_block(int pairs, const bf16* a, long lda, const uint32_t* b, long ldb, float* c, long ldc, bool add, F between) {
+    __m512 sum[ROWS][COLUMNS];
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < COLUMNS; j++) sum[i][j] = add ? _mm512_loadu_ps(c + i * ldc + LANES * j) : _mm512_setzero_ps();
+    accumulate(pairs, a, lda, 2, b, ldb, sum, between);
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < COLUMNS; j++) _mm512_storeu_ps(c + i * ldc + LANES * j, sum[i][j]);
 }
 
+// f(count, i) for every tile i .. i + count - 1 of m rows: as many of MOST as there are, then of 4, 2 and 1. count is a constant.
+template <int MOST, typename F> inline void in_tiles(int m, F f) {
+    int i = 0;
+    for (; m - i >= MOST; i += MOST) f(std::integral_constant<int, MOST>(), i);
+    for (; m - i >= 4; i += 4) f(std::integral_constant<int, 4>(), i);
+    for (; m - i >= 2; i += 2) f(std::integral_constant<int, 2>(), i);
+    if (m - i) f(std::integral_constant<int, 1>(), i);
+}
+
 template <int COLUMNS>
 inline void product_columns(int m, int pairs, const bf16* a, long lda, const uint32_t* b, long ldb, float* c, long ldc, bool add) {
-    for (; m >= 6; m -= 6, a += 6 * lda, c += 6 * ldc) product_block<6, COLUMNS>(pairs, a, lda, b, ldb, c, ldc, add);
-    if (m >= 4) {
-        product_block<4, COLUMNS>(pairs, a, lda, b, ldb, c, ldc, add);
-        m -= 4, a += 4 * lda, c += 4 * ldc;
-    }
-    if (m >= 2) {
-        product_block<2, COLUMNS>(pairs, a, lda, b, ldb, c, ldc, add);
-        m -= 2, a += 2 * lda, c += 2 * ldc;
-    }
-    if (m) product_block<1, COLUMNS>(pairs, a, lda, b, ldb, c, ldc, add);
+    in_tiles<6>(m, [&](auto count, int i) { product_block<count(), COLUMNS>(pairs, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add, []() {}); });
 }
 
 // c [m, n] (+)= a [m, 2 pairs] b [2 pairs, n]; the rows of b lie in pairs, one 32-bit lane a column; n is a multiple of 16.
@@ -120,17 +129,34 @@ inline void product(int m, int n, int pairs, const bf16* a, long lda, const uint
     if (n >= 16) return product_columns<1>(m, pairs, a, lda, b, ldb, c, ldc, add);
 }
 
-// Rows [count, dim] as the right side x^T: [dim / 2, width], a pair of neighbours of one row in every lane. Beyond `count`: zeros.
-inline void pack_transposed(const bf16* x, long stride, int count, int dim, int width, uint32_t* to) {
-    const __m512i step = multiples(stride);
-    for (int row = 0; row < width; row += LANES) {
-        const __mmask16 real = first_lanes(count - row);
-        for (int pair = 0; pair < dim / 2; pair++) {
-            const bf16* base = x + row * stride + 2 * pair;
-            const __m512i got = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), real, step, base, 2);
-            _mm512_storeu_si512(to + (long)pair * width + row, got);
-        }
+// 16 x 16 lanes.
+inline void transpose(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 8; i++) t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]), t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
+    for (int j = 0; j < 4; j++) {
+        const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+        t[j] = _mm512_shuffle_i32x4(a, b, 0x88), t[8 + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
+        t[4 + j] = _mm512_shuffle_i32x4(c, d, 0x88), t[12 + j] = _mm512_shuffle_i32x4(c, d, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+
+// Rows [count, dim] as the right side x^T: [dim / 2, width], a pair of neighbours of one row in every lane. Beyond `count`, up to a
+// multiple of 16: zeros.
+inline void pack_transposed(const bf16* x, long stride, int count, int dim, int width, uint32_t* to) {
+    for (int row = 0; row < count; row += LANES)
+        for (int pair = 0; pair < dim / 2; pair += LANES) {
+            const __mmask16 real = first_lanes(dim / 2 - pair);
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) r[i] = row + i < count ? _mm512_maskz_loadu_epi32(real, x + (row + i) * stride + 2 * pair) : _mm512_setzero_si512();
+            transpose(r);
+            for (int i = 0; i < std::min(16, dim / 2 - pair); i++) _mm512_storeu_si512(to + (long)(pair + i) * width + row, r[i]);
+        }
 }
 
 // Rows [count, dim] as the right side x: [width / 2, dim], rows 2 i and 2 i + 1 in every lane. Beyond `count`: zeros.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trimtab import kernels
 from trimtab.kernels import head as kernel
+from trimtab.kernels import products
 
 PART_BYTES = 2**28
 """Logits held at once in the model's precision. A batch that fits keeps them for the backward pass; a larger one recomputes."""
@@ -88,7 +89,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        exact, hidden = torch.float64 if hidden.dtype == torch.float64 else torch.float32, hidden.contiguous()
         logprobs, norm, entropies = (torch.zeros(len(hidden), dtype=exact, device=hidden.device) for _ in range(3))
         parts = _parts(hidden, weight)
         keep = len(parts) == 1 and any(ctx.needs_input_grad[:3]) and head.softcap is None
@@ -157,8 +158,10 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad.scatter_add_(1, target, pull.to(grad.dtype))
                 z[inner] = grad.mul_(slope)
             if grad_hidden is not None:
-                grad_hidden[part] = z @ weight
-            if need_weight and ctx.sink is not None:
+                grad_hidden[part] = products.input_gradient(z, weight) if products.usable(weight) else z @ weight
+            if need_weight and ctx.sink is not None and products.usable(weight):
+                products.add_weight_gradient(z, hidden[part], ctx.sink)
+            elif need_weight and ctx.sink is not None:
                 for words in range(0, len(weight), _WORDS):
                     ctx.sink[words : words + _WORDS] += z[:, words : words + _WORDS].t() @ hidden[part]
             elif need_weight:
@@ -195,8 +198,18 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     if memory.numel() < size or (memory.dtype, memory.device) != (hidden.dtype, hidden.device):
         memory = hidden.new_empty(size)
     z = memory[:size].view(len(hidden), len(weight))
+    if products.usable(weight):
+        return products.forward(hidden, weight, bias, z), memory
     product = torch.mm(hidden, weight.t(), out=z) if bias is None else torch.addmm(bias, hidden, weight.t(), out=z)
     return product, memory
+
+
+def _add_weight_gradient(grad: Tensor, hidden: Tensor, sums: Tensor) -> None:
+    """sums += g^T h"""
+    if kernels.serves(grad) and products.usable(sums.to(grad.dtype)):
+        return products.add_weight_gradient(grad, hidden.contiguous(), sums)
+    for words in range(0, len(sums), _WORDS):
+        sums[words : words + _WORDS] += grad[:, words : words + _WORDS].t() @ hidden
 
 
 def rows_per_part(hidden: Tensor, weight: Tensor) -> int:

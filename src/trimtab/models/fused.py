@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import kernels
-from trimtab.kernels import elementwise
+from trimtab.kernels import elementwise, products
 from trimtab.models import packed
 
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -43,6 +43,8 @@ def _replacement(module: Any) -> tuple[Any, Tensor | None]:
     weight = next(module.parameters(recurse=True), None)
     if weight is None or not kernels.serves(weight):
         return None, None
+    if type(module) is nn.Linear and products.usable(weight):
+        return _linear, None
     if hasattr(module, "variance_epsilon") and not parts and weight.numel() % 16 == 0:
         return _norm, _example(weight.numel())
     if parts == {"gate_proj", "up_proj", "down_proj", "act_fn"} and module.gate_proj.out_features % 16 == 0:
@@ -60,6 +62,13 @@ def _example(width: int) -> Tensor:
 def _agree(module: nn.Module, replacement: Any, example: Tensor) -> bool:
     own, ours = module(example).float(), replacement(module, example).float()
     return bool((own - ours).norm() <= 0.02 * own.norm())
+
+
+def _linear(self: Any, input: Tensor) -> Tensor:
+    if not kernels.serves(input) or not products.usable(self.weight):
+        own: Tensor = type(self).forward(self, input)
+        return own
+    return products.linear(input, self.weight, self.bias)
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
