@@ -138,8 +138,9 @@ def test_gate_of_extreme_numbers_is_finite() -> None:
 
 @there
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows, inner, outer", [(1, 16, 48), (77, 64, 112), (600, 48, 32), (2501, 80, 16), (19, 4112, 96), (30, 96, 4112)])
-def test_linear_layers_are_nearer_to_the_exact_ones_than_torch(rows: int, inner: int, outer: int, bias: bool) -> None:
+@pytest.mark.parametrize("sizes", [(1, 16, 48), (77, 64, 112), (600, 48, 32), (2501, 80, 16), (19, 4112, 96), (30, 96, 4112)])
+def test_linear_layers_are_nearer_to_the_exact_ones_than_torch(sizes: tuple[int, int, int], bias: bool) -> None:
+    rows, inner, outer = sizes
     inputs = [draw(rows, inner), draw(outer, inner, seed=1), *([draw(outer, seed=2)] if bias else [])]
     ours = values_and_gradients(lambda x, w, b=None: products.linear(x, w, b), inputs, torch.bfloat16)
     theirs = values_and_gradients(nn.functional.linear, inputs, torch.bfloat16)

@@ -204,14 +204,6 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     return product, memory
 
 
-def _add_weight_gradient(grad: Tensor, hidden: Tensor, sums: Tensor) -> None:
-    """sums += g^T h"""
-    if kernels.serves(grad) and products.usable(sums.to(grad.dtype)):
-        return products.add_weight_gradient(grad, hidden.contiguous(), sums)
-    for words in range(0, len(sums), _WORDS):
-        sums[words : words + _WORDS] += grad[:, words : words + _WORDS].t() @ hidden
-
-
 def rows_per_part(hidden: Tensor, weight: Tensor) -> int:
     """How many rows of logits fit in PART_BYTES in the model's precision."""
     return max(1, PART_BYTES // (len(weight) * hidden.element_size()))
