@@ -153,6 +153,13 @@ def full_precision() -> None:
     loading.resolve_dtype = lambda name, device: torch.float32  # type: ignore[assignment]
 
 
+def products_of_torch() -> None:
+    """The products of linear layers and of the head by torch, their gradients in bfloat16 first."""
+    from trimtab.kernels import products
+
+    products.usable = lambda weight: False
+
+
 def look_apart() -> None:
     """The look at a rollout keeps nothing for the update that follows."""
     from trimtab.stages.actor_critic import PolicyOnly
@@ -170,10 +177,11 @@ SWITCHES = {
     "logits in chunks": Switch("log-probabilities without a whole float32 array of logits", PAIRS, whole_logits),
     "attention of our own": Switch("only what a token may see, no scores kept; else SDPA with a mask", PAIRS, sdpa),
     "compiled kernels": Switch(
-        "attention, norms, gates and rotary angles in C++, decoding in whole steps; else plain torch",
+        "products, attention, norms, gates and rotary angles in C++, decoding in whole steps; else plain torch",
         BOTH,
         environment={**TUNED_ALLOCATOR, "TRIMTAB_KERNELS": "off"},
     ),
+    "matrix products of our own": Switch("linear layers and head by panels, gradients added up in float32", PAIRS, products_of_torch),
     "look is the first pass": Switch("the look at a rollout is the first forward pass of its update", ("grpo",), look_apart),
     "bfloat16": Switch("weights and products in bfloat16, masters in float32", BOTH, full_precision),
     "memory is kept": Switch("the allocator keeps freed memory", PAIRS, environment={}),
