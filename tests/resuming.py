@@ -12,7 +12,7 @@ import tiny
 REWARD = "def letters(prompt, response, row):\n    return float(sum(c in 'aeiou' for c in response))\n"
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 
-SUPERVISED = ("fit.steps=5", "fit.batch_size=3", "fit.eval_every=2", "data.holdout=0.25", "optim.lr=1e-2", "fit.micro_batch_tokens=60")
+SUPERVISED = ("fit.steps=5", "fit.batch_size=3", "fit.eval_every=2", "data.holdout=0.3", "optim.lr=1e-2", "fit.micro_batch_tokens=60")
 ROLLOUT = (
     "data.path=prompts.jsonl", "sampling.max_tokens=6", "steps=5", "prompts_per_step=3", "responses_per_prompt=2", "optim.lr=1e-2",
     "samples_every=2", "micro_batch_tokens=60", "explain_prompts=1",

@@ -1,28 +1,31 @@
-"""Random recipes and random data rows end well or in one clear error, never in anything else."""
+"""Random recipes, random data rows and whole runs end well or in one clear error, never in anything else."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+import resuming
 import tiny
-from trimtab.cli import COMMANDS, _config_of
+from trimtab.cli import COMMANDS, _config_of, main
 from trimtab.config import describe_settings, load_recipe, to_yaml
 from trimtab.data import records
 from trimtab.data.records import DataConfig
 from trimtab.data.templates import Template
 from trimtab.errors import TrimtabError
 
-FEW, MANY = 150, 5000
+FEW, MANY, RUNS = 150, 5000, 400
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 # --- recipes -------------------------------------------------------------------------------------------------------------------------
@@ -100,6 +103,50 @@ def try_rows(lines: list[str], loader: Any, chat: bool, on_bad: str) -> None:
         loader(DataConfig(path=str(path), on_bad_row=on_bad), template(chat))
 
 
+# --- runs ----------------------------------------------------------------------------------------------------------------------------
+
+SMALL = st.one_of(
+    st.none(), st.booleans(), st.integers(-1, 3), st.sampled_from([0.0, 0.5, 1e-5, 1e-30, -0.5, float("nan"), float("inf")]),
+    st.sampled_from(["", "auto", "none", "frozen", "reward.py:letters", "reward.py", "pairs.jsonl", "model", "é", "\x00", "float64"]),
+    st.sampled_from([[], {}, [0], ["x"], {"x": 1}]),
+)  # fmt: skip
+ELSEWHERE = ("output", "trackers", "resume", "reward.url", "model.device")
+"""Settings whose values would leave the run's folder, the network or the machine that is tried here."""
+
+
+@st.composite
+def runs(draw: Callable[..., Any]) -> tuple[str, list[str]]:
+    """A kind of run with some settings changed, which may well be wrong."""
+    kind = draw(st.sampled_from(sorted(resuming.KINDS)))
+    known = [name for name in names(resuming.KINDS[kind][0]) if not name.startswith(ELSEWHERE)]
+    return kind, [f"{draw(st.sampled_from(known))}={json.dumps(draw(SMALL))}" for _ in range(draw(st.integers(1, 2)))]
+
+
+@cache
+def workshop() -> Path:
+    place = _folder() / "runs"
+    place.mkdir()
+    resuming.prepare(place)
+    return place
+
+
+def try_run(case: tuple[str, list[str]]) -> int:
+    """Run it; returns its exit status. Where it ends in an error, what is left is a run that has begun, or nothing."""
+    kind, found = case
+    run = workshop() / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    with chdir(workshop()), redirect_stderr(StringIO()) as said, redirect_stdout(StringIO()):
+        status = main([*resuming.command(kind, "run"), *found])
+    if status == 0:
+        assert resuming.outcome(run)["metrics"]
+    else:
+        assert status == 2
+        assert "error: " in said.getvalue()
+        assert not run.exists() or (run / "metrics.jsonl").stat().st_size or list(run.glob("failures/*")), sorted(run.rglob("*"))
+    assert not [path for path in run.rglob("*") if path.is_dir() and path.name.startswith(".")]
+    return status
+
+
 ARGUMENTS = {
     "lines": st.lists(LINE, max_size=4),
     "loader": st.sampled_from(LOADERS),
@@ -132,3 +179,11 @@ def test_five_thousand_recipes(case: tuple[str, list[str]]) -> None:
 @given(**ARGUMENTS)
 def test_five_thousand_files_of_rows(lines: list[str], loader: Any, chat: bool, on_bad: str) -> None:
     try_rows(lines, loader, chat, on_bad)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(max_examples=RUNS, **QUIET)
+@given(runs())
+def test_four_hundred_runs(case: tuple[str, list[str]]) -> None:
+    event(f"exit status {try_run(case)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,8 @@ def test_goes_on_bit_for_bit(kind: str, step: int, saved: bool, place: Path, mon
     assert resuming.outcome(place / "ended") == resuming.outcome(place / "whole")
     resumed = [event for event in RunDirectory.open(place / "ended").events() if event["event"] == "resumed"]
     assert [event["step"] for event in resumed] == [step if saved else step - 1]
+    evaluated = any(name.startswith("eval/") for name in RunDirectory.open(place / "ended").metrics()[-1])
+    assert evaluated == any(word.startswith("fit.eval_every") for word in resuming.KINDS[kind])
 
 
 def test_a_run_without_a_checkpoint_begins_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +157,58 @@ def test_a_torn_line_is_cut_off(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert main(["resume", "ended"]) == 0
     assert resuming.outcome(place / "ended") == resuming.outcome(place / "whole")
     assert all("event" in event for event in RunDirectory.open(place / "ended").events())
+
+
+def test_every_process_makes_the_same_run(place: Path) -> None:
+    """Also where sets and dictionaries have another order: a continuation is always another process."""
+    script = "import sys; from trimtab.cli import main; sys.exit(sum(main(words.split('|')) for words in sys.argv[1:]))"
+    kinds = ("sft with an adapter", "reward, an ensemble", "ppo")
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *("|".join(resuming.command(kind, f"{number} {kind}")) for kind in kinds)],
+            cwd=place,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": number},
+        )
+        for number in ("1", "2")
+    ]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    for kind in kinds:
+        assert resuming.outcome(place / f"1 {kind}") == resuming.outcome(place / f"2 {kind}"), kind
+
+
+def test_an_end_while_a_checkpoint_is_removed_or_written_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("checkpoint.every=1", "checkpoint.background=false", "checkpoint.keep_best=loss/nll", "checkpoint.best=min")
+    own = shutil.rmtree
+
+    def half(path: Path, *args: Any, **options: Any) -> None:
+        if found := [*Path(path).rglob("manifest.json")]:
+            found[0].unlink()
+            raise Killed
+        own(path, *args, **options)
+
+    assert main(resuming.command("sft", "whole", *words)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(Killed):
+            main(resuming.command("sft", "ended", *words))
+    (place / "ended/checkpoints/.step-000009-abc/model").mkdir(parents=True)
+    assert main(["resume", "ended"]) == 0
+    assert resuming.outcome(place / "ended") == resuming.outcome(place / "whole")
+    for run in ("ended", "whole"):
+        assert not list((place / run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("writer", ["_lock", "_writer", "_describe"])
+def test_an_end_before_there_is_a_recipe_is_no_hindrance(writer: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: RunDirectory, *_: str) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, writer, killed)
+        with pytest.raises(Killed):
+            main(resuming.command("sft", "run", "resume=auto"))
+    assert (place / "run/checkpoints").is_dir()
+    assert main(resuming.command("sft", "run", "resume=auto")) == 0
 
 
 def test_which_checkpoints_are_kept(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ MANIFEST = "manifest.json"
 WRITING = (OSError, SafetensorError)
 """What a write raises that fails: safetensors has an error of its own."""
 STEP = re.compile(r"step-(\d{6,})")
+LEFT = re.compile(r"\.step-\d{6,}-.+")
 
 
 def save_atomically(folder: Path, write: Callable[[Path], object]) -> Path:
@@ -65,6 +67,20 @@ def publish(staging: Path, folder: Path) -> None:
     else:
         os.rename(staging, folder)
     _sync(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder that was published. It loses its name first: what an end in the middle leaves is no folder with less in it."""
+    nameless = folder.with_name(f".{folder.name}-{time.time_ns()}")
+    os.rename(folder, nameless)
+    shutil.rmtree(nameless)
+
+
+def sweep(checkpoints: Path) -> None:
+    """Remove what a process has left that was ended while it wrote or removed a checkpoint. No other may be at work there."""
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        if LEFT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,13 @@ def test_adapter_saves_loads_and_merges_to_the_same_policy(architecture: str, tm
     merged = LanguageModel.load(ModelConfig(path=str(tmp_path / "merged"), dtype="float32"))
     assert torch.allclose(merged.forward(BATCH).logprobs, tuned, atol=1e-5)
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+def test_an_adapters_folder_is_the_same_from_every_process(tmp_path: Path) -> None:
+    """Its modules are named in order: a set's order is another one in every process."""
+    base = tiny.folder(tmp_path / "base")
+    for name, targets in (("all", "all-linear"), ("some", ["v_proj", "q_proj", "up_proj", "o_proj", "down_proj", "k_proj"])):
+        LanguageModel.load(ModelConfig(path=str(base), lora=LoraConfig(rank=2, target_modules=targets))).save(tmp_path / name)
+        said = json.loads((tmp_path / name / "adapter_config.json").read_text())["target_modules"]
+        assert len(said) >= 6
+        assert said == sorted(said)

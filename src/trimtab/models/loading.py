@@ -196,9 +196,12 @@ def add_adapter(model: nn.Module, config: LoraConfig, task: Literal["CAUSAL_LM",
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return peft.get_peft_model(model, lora)
+            wrapped = peft.get_peft_model(model, lora)
     except ValueError as error:
         raise ModelError(f"the adapter does not fit the model: {error}", where="model.lora.target_modules", fix="use all-linear") from None
+    if isinstance(lora.target_modules, set):  # in every process in another order, and so would be what is saved
+        lora.target_modules = sorted(lora.target_modules)
+    return wrapped
 
 
 def unwrap(model: Any) -> Any:

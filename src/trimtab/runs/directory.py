@@ -40,7 +40,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 STREAMS = ("metrics", "samples", "events")
-LOCK = ".lock"
+LOCK, FRESH = ".lock", ".config.yaml"
 
 
 class RunDirectory:
@@ -67,13 +67,13 @@ class RunDirectory:
         run = cls(Path(path))
         run.trackers = list(trackers)
         try:
-            if run.path.exists() and any(run.path.iterdir()):
+            if run.path.exists() and not run._hardly_begun():
                 run._set_aside(overwrite)
             (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             run._lock()
-            (run.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
             for stream in STREAMS:
                 run._files[stream] = run._writer(stream, "w")
+            run._describe(config_yaml)
         except OSError as error:
             run._bring_back()
             raise RunError(f"cannot write here: {error.strerror}", where=str(path), fix="choose a folder you can write to") from None
@@ -105,10 +105,9 @@ class RunDirectory:
             raise RunError(f"no checkpoint is whole ({said})", where=str(self.path), fix="start anew, with another output or --overwrite")
         for folder in wrong:
             folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
+        snapshot.sweep(checkpoints)
         if config_yaml is not None:
-            fresh = self.path / ".config.yaml"
-            fresh.write_text(config_yaml, encoding="utf-8")
-            os.replace(fresh, self.path / "config.yaml")
+            self._describe(config_yaml)
         for stream in STREAMS:
             self._cut(stream, None if stream == "events" else step or 0)
         self._files = {stream: self._writer(stream, "a") for stream in STREAMS}
@@ -238,6 +237,22 @@ class RunDirectory:
                     break
                 kept += len(line)
             file.truncate(kept)
+
+    def _describe(self, config_yaml: str) -> None:
+        """Write the recipe, in one step: a folder that has it is a run."""
+        fresh = self.path / FRESH
+        fresh.write_text(config_yaml, encoding="utf-8")
+        os.replace(fresh, self.path / "config.yaml")
+
+    def _hardly_begun(self) -> bool:
+        """Whether nothing is here, or only what a process leaves that is ended before there is a recipe."""
+        empty = {LOCK, *(f"{stream}.jsonl" for stream in STREAMS)}
+        return all(
+            not any(path.iterdir())
+            if path.name == "checkpoints" and path.is_dir()
+            else path.name == FRESH or (path.name in empty and path.is_file() and not path.stat().st_size)
+            for path in self.path.iterdir()
+        )
 
     def _set_aside(self, overwrite: bool) -> None:
         if not (self.path / "config.yaml").exists():

@@ -180,7 +180,7 @@ class Checkpoints:
             snapshot.publish(staging, target)
             point_at(target)
             for path in superfluous(self.folder, self.config):
-                shutil.rmtree(path)
+                snapshot.remove(path)
         except snapshot.WRITING as error:
             raise self._failed(target, error) from error
         finally:
