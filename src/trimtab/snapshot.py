@@ -107,6 +107,8 @@ def damage(folder: Path) -> str | None:
         files = facts(folder)["files"]
         for name, said in files.items():
             path = folder / name
+            if not path.resolve().is_relative_to(folder.resolve()):
+                return f"{MANIFEST} names {name}, outside the folder"
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != said["bytes"]:
