@@ -85,7 +85,9 @@ def step(shape: Shape, work: Work, rows: list[Row]) -> float:
     if work.kind == "decode":
         return policy
     critic = forward(shape, rows, head=False)
-    scorers = 4 * critic + forward(shape, rows, head=False, last=True) if work.kind == "ppo" else 0.0  # values then 3 x; reward once
+    scorers = (
+        3 * critic + forward(shape, rows, head=False, last=True) if work.kind == "ppo" else 0.0
+    )  # values with the first pass; reward once
     return (1 + 3 + work.reference) * policy + scorers
 
 

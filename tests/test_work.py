@@ -137,17 +137,17 @@ def policy_learning(name: str, place: Path, *overrides: str) -> PolicyLearning:
 
 
 def policy_step(name: str, place: Path, *overrides: str) -> Step:
-    """The reference, and epochs of forward and backward, of which the first forward pass is also the look at the rollout; a critic of
+    """The reference, and epochs of forward and backward, of policy and of a critic of its own. Their first forward passes are also the
 
-    its own is looked at apart. Sampling is counted by itself."""
+    look at the rollout. Sampling is counted by itself."""
     learner = policy_learning(name, place, *overrides)
     groups = learner.engine.generate(learner.prompts, 2, seed=1)
     learner.engine.generate = lambda *_, **__: groups  # type: ignore[method-assign]
     work, _ = counted(lambda: learner.step(1))
     one, config = Necessary.of(tuple(groups), SHAPE), learner.config
     epochs, reference, critic = config.algorithm.epochs, config.algorithm.kl.beta > 0, config.critic.trunk == "own"
-    read = [epochs * one.tokens, *[one.tokens] * reference, *[(1 + epochs) * one.tokens] * critic]
-    return passes(work, read, one, trunk=3 * epochs + reference + critic * (1 + 3 * epochs), head=3 * epochs + reference)
+    read = [epochs * one.tokens, *[one.tokens] * reference, *[epochs * one.tokens] * critic]
+    return passes(work, read, one, trunk=3 * epochs * (1 + critic) + reference, head=3 * epochs + reference)
 
 
 def adapter_step(place: Path) -> Step:
@@ -278,7 +278,7 @@ def _whole_logits(patch: pytest.MonkeyPatch) -> None:
 
 LOST: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "a second reference pass": ("dpo", lambda patch: twice(patch, PreferenceLearning, "_look")),
-    "a look that is not learnt from": ("grpo", lambda patch: patch.setattr(Ahead, "serves", lambda *_: False)),
+    "a look that is not learnt from": ("grpo", lambda patch: patch.setattr(Ahead, "serves", staticmethod(lambda *_: False))),
     "a reference that nothing needs": ("grpo without a penalty", lambda patch: patch.setattr(PolicyLearning, "refers", lambda *_: True)),
     "a cache that is not read": ("dpo, reference on disk", lambda patch: patch.setattr(reference_cache, "_read", lambda *_: None)),
     "logits over the prompt": ("sft", logits_everywhere),

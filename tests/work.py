@@ -1,8 +1,11 @@
-"""What a piece of code makes the machine do, counted where torch dispatches its operations: no clock is involved."""
+"""What a piece of code makes the machine do, counted where torch dispatches its operations and where products of our own are called.
+
+No clock is involved."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from trimtab.kernels import products
 from trimtab.types import Group
+
+PRODUCTS = ("forward", "input_gradient", "add_weight_gradient")
 
 
 class Work(TorchDispatchMode):
@@ -29,17 +35,40 @@ class Work(TorchDispatchMode):
         self.tokens: Counter[int] = Counter()
         self.trunk = self.head = self.largest = 0
 
+    def __enter__(self) -> Work:
+        self.plain = {name: getattr(products, name) for name in PRODUCTS}
+        for name, do in self.plain.items():
+            setattr(products, name, self._counting(do))
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for name, do in self.plain.items():
+            setattr(products, name, do)
+
+    def _counting(self, product: Callable[..., Any]) -> Callable[..., Any]:
+        """A product of our own, counted: of rows, and of a weight or its gradient."""
+
+        def counted(rows: torch.Tensor, *others: Any) -> Any:
+            weight = others[1] if product is self.plain["add_weight_gradient"] else others[0]
+            self._add(2 * len(rows) * weight.numel(), {*rows.shape, *weight.shape})
+            return product(rows, *others)
+
+        return counted
+
+    def _add(self, count: int, sizes: set[int]) -> None:
+        if max(sizes) > self.vocabulary // 10:  # the head's weight has its gradient made in pieces; nothing in the trunk is as large
+            self.head += count
+        else:
+            self.trunk += count
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.embedding.default:
             self.tokens[args[0].data_ptr()] += args[1].numel()
         count = _flops(func, args, kwargs or {}, out)
         if count:
-            sizes = {size for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor) for size in x.shape}
-            if max(sizes) > self.vocabulary // 10:  # the head's weight has its gradient made in pieces; nothing in the trunk is as large
-                self.head += count
-            else:
-                self.trunk += count
+            self._add(count, {size for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor) for size in x.shape})
         for made in tree_leaves(out):
             if isinstance(made, torch.Tensor) and tuple(made.shape) not in self.shapes and not func.is_view:
                 self.largest = max(self.largest, made.numel() * made.element_size())

@@ -97,12 +97,12 @@ def test_learning_from_the_look_itself_changes_nothing_bit_for_bit(
 
     served = []
     serves = Ahead.serves
-    monkeypatch.setattr(Ahead, "serves", lambda self, batch: served.append(serves(self, batch)) or served[-1])
+    monkeypatch.setattr(Ahead, "serves", staticmethod(lambda kept, batch: served.append(serves(kept, batch)) or served[-1]))
     torch.manual_seed(0)  # peft draws the adapter's start
     metrics, weights = learnt()
     assert all(served)
-    assert len(served) == 3 - ("critic.warmup_steps=1" in arrangement)
-    monkeypatch.setattr(Ahead, "serves", lambda *_: False)
+    assert len(served) == (3 - ("critic.warmup_steps=1" in arrangement)) * (1 + ("critic.trunk=own" in arrangement))
+    monkeypatch.setattr(Ahead, "serves", staticmethod(lambda *_: False))
     torch.manual_seed(0)
     again, same = learnt()
     assert metrics == again

@@ -162,7 +162,7 @@ def test_learning_from_what_the_loss_had_to_know_changes_nothing_bit_for_bit(
 ) -> None:
     common = ("fit.steps=3", "fit.batch_size=4", "fit.micro_batch_tokens=60")
     kept, tracker, _ = learn(name, folder, tmp_path / "a", comparisons(), *common)
-    monkeypatch.setattr(Ahead, "serves", lambda *_: False)
+    monkeypatch.setattr(Ahead, "serves", staticmethod(lambda *_: False))
     again, other, _ = learn(name, folder, tmp_path / "b", comparisons(), *common)
     assert all(torch.equal(kept[key], again[key]) for key in kept)
     assert [row["train/margin"] for row in tracker.metrics] == [row["train/margin"] for row in other.metrics]

@@ -18,7 +18,7 @@ from trimtab.models.scorer import Scorer
 from trimtab.protocols import Algorithm
 from trimtab.training.checkpoint import Saveable
 from trimtab.training.optimiser import OptimConfig, Optimiser
-from trimtab.training.update import Ahead, look_ahead, update
+from trimtab.training.update import Ahead, update
 
 
 class CriticConfig(Config):
@@ -78,19 +78,18 @@ class PolicyOnly:
     def __init__(self, policy: LanguageModel, optim: OptimConfig, steps: int, passes: Passes) -> None:
         self.policy, self.passes = policy, passes
         self.optimiser = Optimiser(policy.trainable(), optim, steps)
-        self.ahead: Ahead | None = None
+        self.ahead = Ahead(lambda batch: self._forward(batch, passes.entropy))
 
     def forward(self, batch: Batch) -> Outputs:
-        ahead, self.ahead = self.ahead, None  # kept for the first micro-batch after the look, and for nothing else
-        if ahead is not None and ahead.serves(batch):
-            return ahead.outputs if self.passes.entropy else replace(ahead.outputs, entropy=None)
-        return self._forward(batch, self.passes.entropy)
+        outputs = self.ahead(batch)
+        return outputs if self.passes.entropy else replace(outputs, entropy=None)
 
     def look(self, batch: Batch, *, ahead: bool = False) -> Outputs:
-        if not ahead:
-            return observe(batch, lambda b: self._forward(b, True), token_budget=self.passes.token_budget)
-        outputs, self.ahead = look_ahead(batch, lambda b: self._forward(b, True), token_budget=self.passes.token_budget)
-        return outputs
+        def forward(batch: Batch) -> Outputs:
+            return self._forward(batch, True)
+
+        budget = self.passes.token_budget
+        return self.ahead.look(batch, token_budget=budget, forward=forward) if ahead else observe(batch, forward, token_budget=budget)
 
     def _forward(self, batch: Batch, entropy: bool) -> Outputs:
         reference = self.passes.full_kl_to.predictors(batch) if self.passes.full_kl_to else None
@@ -147,11 +146,13 @@ class OwnCritic(PolicyOnly):
     def __init__(self, policy: LanguageModel, optim: OptimConfig, steps: int, passes: Passes, critic: CriticConfig, scorer: Scorer) -> None:
         super().__init__(policy, optim, steps, passes)
         self.scorer, self.critic = scorer, critic
+        self.values_ahead = Ahead(scorer.values)
         self.critic_optimiser = Optimiser(scorer.trainable(), critic.optim, steps)
 
     def look(self, batch: Batch, *, ahead: bool = False) -> Outputs:
-        values = observe(batch, self.scorer.values, token_budget=self.passes.token_budget).values
-        return replace(super().look(batch, ahead=ahead), values=values)
+        budget = self.passes.token_budget
+        seen = self.values_ahead.look(batch, token_budget=budget) if ahead else observe(batch, self.scorer.values, token_budget=budget)
+        return replace(super().look(batch, ahead=ahead), values=seen.values)
 
     def learn(self, batch: Batch, algorithm: Algorithm, at: int) -> dict[str, float]:
         return super().learn(batch, algorithm, at) | self.learn_values(batch, algorithm, at)
@@ -160,7 +161,7 @@ class OwnCritic(PolicyOnly):
         metrics: dict[str, float] = {}
         for _ in range(self.critic.updates):
             metrics = update(
-                batch, self.scorer.values, algorithm.value_loss, [self.critic_optimiser], at=at, token_budget=self.passes.token_budget
+                batch, self.values_ahead, algorithm.value_loss, [self.critic_optimiser], at=at, token_budget=self.passes.token_budget
             )
         return _named("critic", metrics) | {"critic/lr": self.critic_optimiser.lr(at)}
 

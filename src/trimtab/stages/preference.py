@@ -34,7 +34,7 @@ from trimtab.training.checkpoint import Checkpoints
 from trimtab.training.fit import FitConfig, Hooks, fit
 from trimtab.training.guards import Guards
 from trimtab.training.optimiser import OptimConfig, Optimiser
-from trimtab.training.update import Ahead, look_ahead
+from trimtab.training.update import Ahead
 from trimtab.types import Comparison, Group
 
 
@@ -92,7 +92,7 @@ class PreferenceLearning:
     ) -> None:
         self.config, self.model, self.budget = config, model, config.fit.micro_batch_tokens
         self.algorithm = PREFERENCES[name].load()(config.algorithm, name)
-        self.ahead: Ahead | None = None
+        self.forward = Ahead(model.forward)
         frozen = self.algorithm.reference.role == "frozen"
         self.moving = MovingReference(model) if self.algorithm.reference.role in ("synced", "ema") else None
         kept, held = (usable(part, self.algorithm.data) for part in (records, holdout))
@@ -168,7 +168,7 @@ class PreferenceLearning:
             others = self._against(judged.mismatched.select([row for _, row in rows]))
             others = others.with_tokens(logprobs_now=self._look(others))
         if self.algorithm.needs_own and training:
-            now, self.ahead = look_ahead(batch, self.model.forward, token_budget=self.budget)
+            now = self.forward.look(batch, token_budget=self.budget)
             assert now.logprobs is not None
             batch = batch.with_tokens(logprobs_now=now.logprobs)
         elif self.algorithm.needs_own:
@@ -177,11 +177,6 @@ class PreferenceLearning:
             finite.check(batch, self.budget)
         prepared: Batch = self.algorithm.prepare(batch, others, training=training)
         return prepared
-
-    def forward(self, batch: Batch) -> Outputs:
-        """The policy's forward pass of an update; what was looked at just before is not computed again."""
-        ahead, self.ahead = self.ahead, None
-        return ahead.outputs if ahead is not None and ahead.serves(batch) else self.model.forward(batch)
 
     def _against_start(self, batch: Batch) -> Batch:
         """With the log-probabilities of the policy as it starts, from disk if they are there."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,30 +49,34 @@ def update(
     return {name: float(value) for name, value in {**means, **maxima}.items()} | {"grad_norm": norms[0]}
 
 
-@dataclass(frozen=True)
 class Ahead:
-    """What was said, with gradient, of the first micro-batch of an update that is still to come."""
+    """The forward pass of an update, of which a look just before may have made the first part.
 
-    micro: Batch
-    outputs: Outputs
-
-    def serves(self, batch: Batch) -> bool:
-        """Whether a batch is that micro-batch: the very same groups, whatever columns it has by now."""
-        mine = self.micro.groups
-        return len(mine) == len(batch.groups) and all(a is b for a, b in zip(mine, batch.groups, strict=True))
-
-
-def look_ahead(batch: Batch, forward: Callable[[Batch], Outputs], *, token_budget: int) -> tuple[Outputs, Ahead]:
-    """Look at a minibatch that is learnt from next: what `observe` says of it, and what the update need not compute again.
-
-    The first micro-batch is run with gradient, and the update begins with its outputs. That is one forward pass of it less, in the
-    memory that the update needs anyway, with the same numbers bit for bit. No weight may change in between.
+    `look` runs a minibatch's first micro-batch with gradient, and the update that comes next begins with its outputs: one forward pass
+    less, with the same numbers bit for bit, for the memory of one micro-batch. No weight may change in between.
     """
-    first, *rest = batch.micro_batches(token_budget)
-    outputs = forward(first)
-    with torch.no_grad():
-        others = [forward(micro) for micro in rest]
-    return join([outputs, *others]), Ahead(first, outputs)
+
+    def __init__(self, forward: Callable[[Batch], Outputs]) -> None:
+        self.forward = forward
+        self.kept: tuple[Batch, Outputs] | None = None
+
+    def look(self, batch: Batch, *, token_budget: int, forward: Callable[[Batch], Outputs] | None = None) -> Outputs:
+        """What `observe` says of a minibatch that is learnt from next. forward: a pass that says more."""
+        forward = forward or self.forward
+        first, *rest = batch.micro_batches(token_budget)
+        outputs = forward(first)
+        self.kept = first, outputs
+        with torch.no_grad():
+            return join([outputs, *(forward(micro) for micro in rest)])
+
+    def __call__(self, batch: Batch) -> Outputs:
+        kept, self.kept = self.kept, None  # for the first micro-batch after the look, and for nothing else
+        return kept[1] if kept is not None and self.serves(kept[0], batch) else self.forward(batch)
+
+    @staticmethod
+    def serves(kept: Batch, batch: Batch) -> bool:
+        """Whether two batches hold the very same groups, whatever columns they have by now."""
+        return len(kept.groups) == len(batch.groups) and all(a is b for a, b in zip(kept.groups, batch.groups, strict=True))
 
 
 def _gather(
