@@ -84,14 +84,17 @@ def measured(bench: Bench, curve: Curve) -> Iterator[dict[str, Any]]:
 
 
 def draw(curves: dict[str, dict[str, Any]], picture: Path) -> None:
-    """One panel a curve: seconds on the left, memory above the model on the right."""
+    """One panel a curve, three in a row: seconds on the left, memory above the model on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(curves), figsize=(4 * len(curves), 3.2), constrained_layout=True)
-    for panel, (label, curve) in zip([panels] if len(curves) == 1 else panels, curves.items(), strict=True):
+    wide, high = min(3, len(curves)), -(-len(curves) // 3)
+    figure, panels = pyplot.subplots(high, wide, figsize=(4.2 * wide, 3.2 * high), constrained_layout=True, squeeze=False)
+    for spare in panels.flat[len(curves) :]:
+        spare.set_axis_off()
+    for panel, (label, curve) in zip(panels.flat, curves.items(), strict=False):
         x = [point["value"] for point in curve["points"]]
         panel.plot(x, [point["seconds"] for point in curve["points"]], "o-", color="tab:blue")
         panel.set_xlabel(label)

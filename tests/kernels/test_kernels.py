@@ -166,6 +166,18 @@ def test_linear_layers_depend_neither_on_threads_nor_on_company() -> None:
 
 
 @there
+def test_a_linear_layer_may_be_given_no_rows() -> None:
+    x, weight = draw(0, 32).requires_grad_(), draw(16, 32, seed=1).requires_grad_()
+    out = products.linear(x, weight, None)
+    out.sum().backward()
+    assert out.shape == (0, 16)
+    assert x.grad is not None
+    assert x.grad.shape == (0, 32)
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+@there
 def test_weight_gradients_are_added_up_in_float32_where_the_optimiser_wants_them() -> None:
     x, weight = draw(50, 32), draw(16, 32, seed=1).requires_grad_()
     weight.main_grad = torch.full((16, 32), 1e4)  # type: ignore[attr-defined]

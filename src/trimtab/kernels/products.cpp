@@ -27,7 +27,7 @@ template <typename F> void of_width(int width, F f) {
 // out [rows, columns] = left [rows, depth] right + start; lay(column, width, from, count, to) packs rows from .. of the right side.
 template <typename F> int multiply(const bf16* left, int rows, int depth, int columns, const float* start, bf16* out, F lay) {
     const int panels = (columns + PANEL - 1) / PANEL, busy = (2 * omp_get_max_threads() + panels - 1) / panels;
-    const int chunks = std::max((rows + ROWS - 1) / ROWS, std::min(busy, rows / 32)), chunk = round_up((rows + chunks - 1) / chunks, TILE);
+    const int chunks = std::max({1, (rows + ROWS - 1) / ROWS, std::min(busy, rows / 32)}), chunk = round_up((rows + chunks - 1) / chunks, TILE);
     bool failed = false;
 #pragma omp parallel for schedule(dynamic, 1)
     for (int task = 0; task < chunks * panels; task++) {
