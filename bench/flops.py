@@ -85,9 +85,8 @@ def step(shape: Shape, work: Work, rows: list[Row]) -> float:
     if work.kind == "decode":
         return policy
     critic = forward(shape, rows, head=False)
-    scorers = (
-        3 * critic + forward(shape, rows, head=False, last=True) if work.kind == "ppo" else 0.0
-    )  # values with the first pass; reward once
+    learnt, scored = 3 * critic, forward(shape, rows, head=False, last=True)  # values come with the critic's first pass
+    scorers = learnt + scored if work.kind == "ppo" else 0.0
     return (1 + 3 + work.reference) * policy + scorers
 
 

@@ -112,8 +112,8 @@ int linear_input(const bf16* grad, const bf16* weight, int rows, int in, int out
     });
 }
 
-// dW [out, in] += g^T x, for columns of g that lie `stride` apart from row to row.
-int linear_weight(const bf16* grad, long stride, const bf16* x, int rows, int in, int out, float* sums) {
+// dW [out, in] += g^T x
+int linear_weight(const bf16* grad, const bf16* x, int rows, int in, int out, float* sums) {
     const int panels = (in + PANEL - 1) / PANEL, most = std::min(DEPTH, (rows + 1) / 2);
     const int strip = std::clamp(round_up(out / (2 * omp_get_max_threads()), LANES), LANES, STRIP), strips = (out + strip - 1) / strip;
     const size_t whole = (size_t)most * in, part = (size_t)most * strip;
@@ -145,7 +145,7 @@ int linear_weight(const bf16* grad, long stride, const bf16* x, int rows, int in
                 const int first = s * strip, columns = std::min(strip, out - first);
                 scratch.begin(0);
                 uint32_t* left = scratch.take<uint32_t>(part);
-                pack_columns(grad + row * stride + first, stride, count, columns, pairs, left);
+                pack_columns(grad + (long)row * out + first, out, count, columns, pairs, left);
                 for (int p = 0; p < panels; p++)
                     of_width(std::min(PANEL, in - p * PANEL), [&](auto vectors) {
                         for (int c = 0; c < columns; c += TILE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ def input_gradient(grad: Float[Tensor, "rows out"], weight: Float[Tensor, "out i
 
 def add_weight_gradient(grad: Float[Tensor, "rows out"], x: Float[Tensor, "rows in"], sums: Float[Tensor, "out in"]) -> None:
     """sums += g^T x, in float32"""
-    places = (kernels.address(grad), ctypes.c_long(grad.stride(0)), kernels.address(x))
+    places = (kernels.address(t) for t in (grad, x))
     kernels.checked(kernels.loaded().linear_weight(*places, *_sizes(x, sums), kernels.address(sums)))
 
 
