@@ -63,7 +63,7 @@ bench-quick: install .trl/1.16.0/.installed  ## three rows of it in less than th
 
 lint: install  ## ruff (format and check) and mypy: no warning is allowed
 	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/mypy
 
 format: install  ## let ruff mend what it can

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import Answer, Server, lengths, serving
 
+from servers import Answer, Server, lengths, serving
 from trimtab import rewards
 from trimtab.config import load_recipe, to_yaml
 from trimtab.errors import ConfigError, RewardError
