@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tiny
 from trimtab import kernels
 from trimtab.batch import Batch
-from trimtab.kernels import elementwise, products
+from trimtab.kernels import adamw, elementwise, products
 from trimtab.maths.logprobs import Head, token_logprobs
 from trimtab.models import attention as blocks
 from trimtab.models import fused
@@ -147,6 +147,62 @@ def test_linear_layers_are_nearer_to_the_exact_ones_than_torch(sizes: tuple[int,
     right = values_and_gradients(nn.functional.linear, inputs, torch.float64)
     for found, other, exact in zip(ours, theirs, right, strict=True):
         assert error(found, exact) <= min(4e-3, 1.01 * error(other, exact))
+
+
+@there
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gated_linear_layer_is_nearer_to_the_exact_one_than_torch(bias: bool) -> None:
+    inputs = [4 * draw(77, 32), draw(77, 32, seed=1), draw(48, 32, seed=2), *([draw(48, seed=3)] if bias else [])]
+
+    def plain(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nn.functional.linear(nn.functional.silu(gate) * up, weight, bias)
+
+    ours = values_and_gradients(lambda g, u, w, b=None: products.gated_linear(g, u, w, b), inputs, torch.bfloat16)
+    theirs, right = (values_and_gradients(plain, inputs, dtype) for dtype in (torch.bfloat16, torch.float64))
+    for found, other, exact in zip(ours, theirs, right, strict=True):
+        assert error(found, exact) <= min(6e-3, 1.01 * error(other, exact))
+
+
+@there
+def test_a_gated_linear_layer_keeps_no_third_array_for_its_backward_pass() -> None:
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):  # type: ignore[func-returns-value]
+        products.gated_linear(draw(77, 32).requires_grad_(), draw(77, 32, seed=1), draw(48, 32, seed=2), None)
+    assert sorted(kept) == [(48, 32), (77, 32), (77, 32)]
+
+
+@there
+@pytest.mark.parametrize("shape", [(1,), (576,), (33, 7), (3, 16401)])
+def test_adamw_in_halves_is_adamw(shape: tuple[int, ...]) -> None:
+    start = draw(*shape)
+    theirs = nn.Parameter(start.float())
+    torchs = torch.optim.AdamW([theirs], lr=3e-3, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1, fused=True)
+    half = adamw.Halves(nn.Parameter(start.clone()))
+    for step in range(5):
+        gradient = draw(*shape, seed=step).float()
+        half.grad.copy_(gradient)
+        theirs.grad = 0.5 * gradient
+        half.step(scale=0.5, lr=3e-3, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1)
+        torchs.step()
+        assert not half.grad.any()
+        for ours, other in ((half.weight(), theirs), *((getattr(half, m), torchs.state[theirs][m]) for m in ("exp_avg", "exp_avg_sq"))):
+            assert error(ours, other.detach().double()) < 2e-7
+    assert torch.equal(half.parameter, half.weight().bfloat16())  # no draw here lies in the middle of two bfloat16 numbers
+    assert float((half.weight() - start.float()).abs().min()) > 0
+
+
+@there
+def test_a_number_is_its_two_halves() -> None:
+    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    edges = torch.tensor([0, 0x8000, 0x7FFF, 0x18000, 0x3F808000, -(2**31), -(2**31) + 0x8000, 0x7F7FFFFF, 1], dtype=torch.int32)
+    numbers = torch.cat([bits, edges]).view(torch.float32)
+    numbers = numbers[torch.isfinite(numbers)]
+    upper, lower = adamw.split(numbers)
+    assert torch.equal(adamw.joined(upper, lower).view(torch.int32), numbers.view(torch.int32))
+    tied = numbers.view(torch.int32) % 2**16 == 2**15
+    assert torch.equal(upper[~tied], numbers[~tied].bfloat16())
+    assert tied.sum() >= 3
+    assert bool((upper[tied].double().abs() > numbers[tied].double().abs()).all())
 
 
 @there

@@ -52,11 +52,11 @@ def test_parameters_and_what_is_held_for_them_are_exact(dtype: Any, lora: LoraCo
     said, optimiser = count(config, scorer=scorer), Optimiser(loaded.trainable(), OptimConfig(), 1)
     assert said.total == sum(p.numel() for p in loaded.model.parameters())
     assert said.trained == sum(p.numel() for p in optimiser.parameters.values())
-    copies = [master for name, master in optimiser.masters.items() if master is not optimiser.parameters[name]]
+    beside = [*optimiser.copies.values(), *(half.lower for half in optimiser.halves.values())]
     if not scorer:
         assert said.bytes == sizes(loaded.model.parameters())
-        assert said.masters == sizes(copies)
-        assert said.gradients == sizes(optimiser.masters.values())
+        assert said.masters == sizes(beside)
+        assert said.gradients == sizes(optimiser.sums.get(name, parameter) for name, parameter in optimiser.parameters.items())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
 import tiny
+from trimtab import kernels
 from trimtab.batch import Batch, Counts, Loss, Outputs
 from trimtab.data.templates import Template
 from trimtab.errors import NumericalError
+from trimtab.kernels import adamw
 from trimtab.maths.reductions import aggregate
 from trimtab.models.language import LanguageModel
 from trimtab.training.optimiser import OptimConfig, Optimiser, learning_rate
@@ -49,16 +52,42 @@ def test_micro_batches_and_order_change_nothing(how: str) -> None:
         assert other_metrics == pytest.approx(metrics, abs=1e-9)
 
 
-def test_bfloat16_steps_on_float32_masters_lose_no_small_updates() -> None:
+@pytest.mark.parametrize("halves", [True, False])
+def test_bfloat16_steps_in_float32_lose_no_small_updates(halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if halves and kernels.library() is None:
+        pytest.skip("no kernels here: they need AVX-512 with BF16, and a C++ compiler")
+    monkeypatch.setattr(adamw, "serves", lambda parameter: halves)
     model = LanguageModel(tiny.model("llama", torch.bfloat16, scale=1.0), Template.of(tiny.tokenizer()))
     optimiser = Optimiser(model.trainable(), OptimConfig(lr=1e-5, schedule="constant"), 100)
-    start = {name: master.clone() for name, master in optimiser.masters.items()}
+    start = {name: weight.clone() for name, weight in optimiser.weights().items()}
     for step in range(3):
         update(Batch(GROUPS), model.forward, nll("token"), [optimiser], at=step, token_budget=50)
     name = "model.layers.0.mlp.up_proj.weight"
-    moved = (optimiser.masters[name] - start[name]).abs()
+    moved = (optimiser.weights()[name] - start[name]).abs()
     assert 0 < float(moved.mean()) < 5e-5
-    assert torch.equal(optimiser.parameters[name], optimiser.masters[name].bfloat16())
+    assert torch.equal(optimiser.parameters[name], optimiser.weights()[name].bfloat16())
+    assert bool(optimiser.halves) == halves
+
+
+@pytest.mark.parametrize("halves", [True, False])
+def test_what_was_saved_goes_on_bit_for_bit(halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if halves and kernels.library() is None:
+        pytest.skip("no kernels here: they need AVX-512 with BF16, and a C++ compiler")
+    monkeypatch.setattr(adamw, "serves", lambda parameter: halves)
+
+    def fresh() -> tuple[LanguageModel, Optimiser]:
+        model = LanguageModel(tiny.model("llama", torch.bfloat16, scale=1.0), Template.of(tiny.tokenizer()))
+        return model, Optimiser(model.trainable(), OptimConfig(lr=1e-3, weight_decay=0.1), 100)
+
+    (model, optimiser), (other, another) = fresh(), fresh()
+    for step in range(3):
+        saved = copy.deepcopy(optimiser.state_dict())
+        update(Batch(GROUPS), model.forward, nll("token"), [optimiser], at=step, token_budget=50)
+        another.load_state_dict(saved)
+        update(Batch(GROUPS), other.forward, nll("token"), [another], at=step, token_budget=50)
+        for name, weight in optimiser.weights().items():
+            assert torch.equal(weight, another.weights()[name])
+            assert torch.equal(model.trainable()[name], other.trainable()[name])
 
 
 def test_bfloat16_gradients_add_up_in_float32() -> None:

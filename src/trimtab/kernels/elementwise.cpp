@@ -77,15 +77,17 @@ void swiglu_forward(const bf16* gate, const bf16* up, int rows, int width, bf16*
     });
 }
 
-// dgate = grad up s (1 + gate (1 - s)),  dup = grad gate s,  with s = sigmoid(gate).
-void swiglu_backward(const bf16* gate, const bf16* up, const bf16* grad, int rows, int width, bf16* grad_gate, bf16* grad_up) {
+// dgate = grad up s (1 + gate (1 - s)),  dup = grad gate s,  with s = sigmoid(gate); and y once more.
+void swiglu_backward(const bf16* gate, const bf16* up, const bf16* grad, int rows, int width, bf16* grad_gate, bf16* grad_up, bf16* y) {
     const __m512 one = _mm512_set1_ps(1);
     each_block(rows, [&](int, int from, int to) {
         for (long d = (long)from * width; d < (long)to * width; d += LANES) {
             const __m512 g = load(gate + d), a = load(grad + d), s = sigmoid(g), silu = _mm512_mul_ps(g, s);
             const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one));
-            store(grad_gate + d, _mm512_mul_ps(_mm512_mul_ps(a, load(up + d)), slope));
+            const __m512 u = load(up + d);
+            store(grad_gate + d, _mm512_mul_ps(_mm512_mul_ps(a, u), slope));
             store(grad_up + d, _mm512_mul_ps(a, silu));
+            store(y + d, _mm512_mul_ps(silu, u));
         }
     });
 }

@@ -29,6 +29,23 @@ def rotate(x: Float[Tensor, "n heads dim"], cos: Float[Tensor, "n dim"], sin: Fl
     return _Rotation.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def gated(gate: Float[Tensor, "*n width"], up: Float[Tensor, "*n width"]) -> Float[Tensor, "*n width"]:
+    """`swiglu` of contiguous tensors, without a gradient."""
+    out = torch.empty_like(gate)
+    rows, width = gate.numel() // gate.shape[-1], gate.shape[-1]
+    kernels.loaded().swiglu_forward(*(kernels.address(t) for t in (gate, up)), rows, width, kernels.address(out))
+    return out
+
+
+def gate_gradients(gate: Float[Tensor, "*n width"], up: Float[Tensor, "*n width"], grad: Float[Tensor, "*n width"]) -> tuple[Tensor, ...]:
+    """Gradients of gate and up, and once more the product: [*n, width] each."""
+    found = tuple(torch.empty_like(gate) for _ in range(3))
+    rows, width = gate.numel() // gate.shape[-1], gate.shape[-1]
+    places = [kernels.address(t) for t in (gate, up, grad)]
+    kernels.loaded().swiglu_backward(*places, rows, width, *(kernels.address(t) for t in found))
+    return found
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -56,20 +73,13 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
-        out = torch.empty_like(gate)
-        rows, width = gate.numel() // gate.shape[-1], gate.shape[-1]
-        kernels.loaded().swiglu_forward(kernels.address(gate), kernels.address(up), rows, width, kernels.address(out))
         ctx.save_for_backward(gate, up)
-        return out
+        return gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         gate, up = ctx.saved_tensors
-        grad, found = grads[0].contiguous(), (torch.empty_like(gate), torch.empty_like(up))
-        rows, width = gate.numel() // gate.shape[-1], gate.shape[-1]
-        places = [kernels.address(t) for t in (gate, up, grad)]
-        kernels.loaded().swiglu_backward(*places, rows, width, *(kernels.address(t) for t in found))
-        return found
+        return gate_gradients(gate, up, grads[0].contiguous())[:2]
 
 
 class _Rotation(torch.autograd.Function):

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trimtab import kernels
+from trimtab.kernels import elementwise
 
 
 def usable(weight: Float[Tensor, "out in"]) -> bool:
@@ -49,6 +50,13 @@ def _sizes(rows: Tensor, weight: Tensor) -> tuple[int, int, int]:
     return len(rows), weight.shape[1], weight.shape[0]
 
 
+def gated_linear(
+    gate: Float[Tensor, "*n in"], up: Float[Tensor, "*n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "*n out"]:
+    """(gate * sigmoid(gate) * up) W^T + b. The gated input is made again in the backward pass, not kept."""
+    return _GatedLinear.apply(gate, up, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,11 +69,36 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         rows, weight = ctx.saved_tensors
         grad = grads[0].reshape(len(rows), len(weight)).contiguous()
-        found: Tensor | None = None
-        if ctx.needs_input_grad[1]:
-            sums = torch.zeros(weight.shape) if ctx.sink is None else ctx.sink
-            add_weight_gradient(grad, rows, sums)
-            found = sums.to(weight.dtype) if ctx.sink is None else None
+        by_weight, by_bias = _parameter_gradients(ctx, grad, rows, weight, *ctx.needs_input_grad[1:])
         by_x = input_gradient(grad, weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        by_bias = grad.float().sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return by_x, found, by_bias
+        return by_x, by_weight, by_bias
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        gate_rows, up_rows = (x.reshape(-1, x.shape[-1]).contiguous() for x in (gate, up))
+        ctx.save_for_backward(gate_rows, up_rows, weight)
+        ctx.sink, ctx.shape = getattr(weight, "main_grad", None), gate.shape
+        inner = elementwise.gated(gate_rows, up_rows)
+        return forward(inner, weight, bias, gate.new_empty(len(inner), len(weight))).view(*gate.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        gate, up, weight = ctx.saved_tensors
+        grad = grads[0].reshape(len(gate), len(weight)).contiguous()
+        by_gate, by_up, inner = elementwise.gate_gradients(gate, up, input_gradient(grad, weight))
+        by_weight, by_bias = _parameter_gradients(ctx, grad, inner, weight, *ctx.needs_input_grad[2:])
+        return by_gate.view(ctx.shape), by_up.view(ctx.shape), by_weight, by_bias
+
+
+def _parameter_gradients(
+    ctx: Any, grad: Tensor, rows: Tensor, weight: Tensor, by_weight: bool, by_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """What autograd is told of weight and bias: nothing of a weight whose gradient is added to its `main_grad`."""
+    found: Tensor | None = None
+    if by_weight:
+        sums = torch.zeros(weight.shape) if ctx.sink is None else ctx.sink
+        add_weight_gradient(grad, rows, sums)
+        found = sums.to(weight.dtype) if ctx.sink is None else None
+    return found, grad.float().sum(0).to(weight.dtype) if by_bias else None

@@ -79,9 +79,11 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    inner = elementwise.swiglu(gate, up) if kernels.serves(gate) and kernels.serves(up) else self.act_fn(gate) * up
-    found: Tensor = self.down_proj(inner)
+    gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+    served = kernels.serves(gate) and kernels.serves(up)
+    if served and type(down) is nn.Linear and products.usable(down.weight):
+        return products.gated_linear(gate, up, down.weight, down.bias)
+    found: Tensor = down(elementwise.swiglu(gate, up) if served else self.act_fn(gate) * up)
     return found
 
 

@@ -22,6 +22,7 @@ from trimtab.data.records import load_comparisons, load_demonstrations, load_pro
 from trimtab.engines.cache import round_up
 from trimtab.engines.local import LocalEngine
 from trimtab.errors import ConfigError
+from trimtab.kernels import adamw
 from trimtab.models import loading, packed
 from trimtab.models.fused import take_kernels
 from trimtab.models.language import LanguageModel
@@ -62,7 +63,7 @@ class Parameters:
     total: int
     trained: int
     bytes: int
-    masters: int  # bytes of float32 copies of what is trained in less
+    masters: int  # bytes beside the weights from which what is trained in less is stepped in float32
     gradients: int
 
     @property
@@ -151,11 +152,12 @@ def count(config: ModelConfig, *, scorer: bool = False, trainable: bool = True) 
     every = list(model.parameters())
     trained = [p for p in every if p.requires_grad]
     wide = {p: max(4, p.element_size()) * p.numel() for p in trained}
+    halves = adamw.serves(torch.empty(0, dtype=_dtype(config), device=loading.resolve_device(config.device)))
     return Parameters(
         total=sum(p.numel() for p in every),
         trained=sum(p.numel() for p in trained),
         bytes=sum(p.numel() * p.element_size() for p in every),
-        masters=sum(size for p, size in wide.items() if p.element_size() < 4),
+        masters=sum(size // (2 if halves else 1) for p, size in wide.items() if p.element_size() < 4),
         gradients=sum(wide.values()),
     )
 

@@ -1,4 +1,4 @@
-"""AdamW over float32 master weights, gradient clipping, and learning rates that are a function of the step."""
+"""AdamW over float32 values, gradient clipping, and learning rates that are a function of the step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.config import Config
 from trimtab.errors import NumericalError, RunError
+from trimtab.kernels import adamw
 
 
 class OptimConfig(Config):
@@ -39,30 +40,34 @@ def learning_rate(config: OptimConfig, step: int, total: int) -> float:
 class Optimiser:
     """Steps a set of named parameters.
 
-    Parameters in bfloat16 get a float32 master copy: gradients of all micro-batches are added up in float32 as backward
-    produces them, the step is taken on the masters, and the rounded result is copied back. So many small micro-batches
-    lose nothing against one large one, and updates smaller than a bfloat16 step are not lost. The sums are in reach of the model as
-    `parameter.main_grad`: the embedding and the head add to it themselves.
+    The values that are stepped are float32 (or float64) also where parameters are bfloat16: updates smaller than a bfloat16 step
+    are not lost. Gradients of all micro-batches are added up in float32 as backward produces them, so many small micro-batches lose
+    nothing against a large one; the sums are in reach of the model as `parameter.main_grad`: layers, embedding and head add to them
+    themselves.
+
+    Where there are kernels, a bfloat16 parameter is the upper half of its value (`halves`); elsewhere it is a rounded copy of a master.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, total_steps: int) -> None:
         self.config, self.total_steps = config, total_steps
         self.lr_factor = 1.0  # lowered by guards after a spike
         self.parameters = dict(parameters)
-        self.masters: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                master = parameter.detach().float()
-                master.grad = torch.zeros_like(master)
-                parameter.main_grad = master.grad  # type: ignore[attr-defined]
-                parameter.register_post_accumulate_grad_hook(_adder(master))
-                self.masters[name] = master
-            else:
-                self.masters[name] = parameter
-        fused = all(m.dtype == torch.float32 for m in self.masters.values())
-        self.adam = torch.optim.AdamW(
-            list(self.masters.values()), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
-        )
+        self.halves = {name: adamw.Halves(parameter) for name, parameter in self.parameters.items() if adamw.serves(parameter)}
+        self.masters = {name: _master(parameter) for name, parameter in self.parameters.items() if name not in self.halves}
+        self.copies = {name: master for name, master in self.masters.items() if master is not self.parameters[name]}
+        self.sums = {name: half.grad for name, half in self.halves.items()}
+        self.sums |= {name: master.grad for name, master in self.copies.items() if master.grad is not None}
+        for name, sums in self.sums.items():
+            self.parameters[name].main_grad = sums  # type: ignore[attr-defined]
+            self.parameters[name].register_post_accumulate_grad_hook(_adder(sums))
+        self.adam = self._adam(list(self.masters.values())) if self.masters else None
+
+    def _adam(self, masters: list[Tensor]) -> torch.optim.AdamW:
+        fused = all(m.dtype == torch.float32 for m in masters)
+        return torch.optim.AdamW(masters, lr=self.config.lr, **self._rule(), fused=fused)
+
+    def _rule(self) -> dict[str, Any]:
+        return {"betas": self.config.betas, "eps": self.config.eps, "weight_decay": self.config.weight_decay}
 
     def lr(self, at: int) -> float:
         """The learning rate at a position of the schedule."""
@@ -79,33 +84,53 @@ class Optimiser:
     @torch.no_grad()
     def step(self, at: int, norm: float) -> None:
         """Clip gradients of this norm, step, and clear them. at: the position in the learning-rate schedule."""
-        if norm > self.config.max_grad_norm:
-            torch._foreach_mul_(self.gradients(), self.config.max_grad_norm / norm)
-        for group in self.adam.param_groups:
-            group["lr"] = self.lr(at)
-        self.adam.step()
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
-        self.zero_grad()
+        lr, scale = self.lr(at), min(1.0, self.config.max_grad_norm / norm) if norm else 1.0
+        for half in self.halves.values():
+            half.step(scale=scale, lr=lr, **self._rule())
+        if self.adam is not None:
+            if scale < 1:
+                torch._foreach_mul_([master.grad for master in self.masters.values() if master.grad is not None], scale)
+            for group in self.adam.param_groups:
+                group["lr"] = lr
+            self.adam.step()
+        for name, master in self.copies.items():
+            self.parameters[name].copy_(master)
+            self.sums[name].zero_()  # those of halves are
+        self._forget()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The values that are stepped, by parameter."""
+        return {name: self.halves[name].weight() if name in self.halves else self.masters[name].detach() for name in self.parameters}
 
     def state_dict(self) -> dict[str, Any]:
-        """Master weights and Adam's moments by parameter, and the steps taken."""
-        states = {name: self.adam.state.get(master, {}) for name, master in self.masters.items()}
+        """The values that are stepped and Adam's moments by parameter, and the steps taken."""
+        states = {name: self._moments(name) for name in self.parameters}
         moments = {moment: {name: state[moment] for name, state in states.items() if state} for moment in ("exp_avg", "exp_avg_sq", "step")}
-        return {"weights": {name: master.detach() for name, master in self.masters.items()}, **moments}
+        return {"weights": self.weights(), **moments}
+
+    def _moments(self, name: str) -> dict[str, Tensor]:
+        if name in self.halves:
+            half = self.halves[name]
+            said = {"exp_avg": half.exp_avg, "exp_avg_sq": half.exp_avg_sq, "step": torch.tensor(float(half.steps))}
+            return said if half.steps else {}
+        return dict(self.adam.state.get(self.masters[name], {})) if self.adam is not None else {}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over weights and moments. Raises RunError if they are those of other parameters."""
-        shapes = {name: tuple(master.shape) for name, master in self.masters.items()}
+        """Take over values and moments. Raises RunError if they are those of other parameters."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         if shapes != {name: tuple(weight.shape) for name, weight in state["weights"].items()}:
             raise RunError("the checkpoint holds other parameters than the model trains", fix="resume with the recipe it was made with")
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
+        for name, half in self.halves.items():
+            half.take(state["weights"][name])
+            half.steps = int(state["step"].get(name, 0))
+            for mine, moment in ((half.exp_avg, "exp_avg"), (half.exp_avg_sq, "exp_avg_sq")):
+                mine.copy_(state[moment][name]) if half.steps else mine.zero_()
+        for name, master in self.masters.items():
             master.copy_(state["weights"][name])
-            if master is not parameter:
-                parameter.copy_(master)
+            if name in self.copies:
+                self.parameters[name].copy_(master)
+            assert self.adam is not None
             if name in state["step"]:
                 self.adam.state[master] = {
                     "step": state["step"][name].clone(),
@@ -116,21 +141,33 @@ class Optimiser:
 
     def gradients(self) -> list[Tensor]:
         """What has been gathered so far."""
-        return [m.grad for m in self.masters.values() if m.grad is not None]
+        found = (self.sums.get(name, parameter.grad) for name, parameter in self.parameters.items())
+        return [gradient for gradient in found if gradient is not None]
 
     def zero_grad(self) -> None:
         """Forget the gradients gathered so far."""
-        for name, parameter in self.parameters.items():
-            master, parameter.grad = self.masters[name], None
-            if master is not parameter and master.grad is not None:
-                master.grad.zero_()
+        for sums in self.sums.values():
+            sums.zero_()
+        self._forget()
+
+    def _forget(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
 
-def _adder(master: Tensor) -> Callable[[Tensor], None]:
+def _master(parameter: nn.Parameter) -> Tensor:
+    """What is stepped in a parameter's stead: itself, or a float32 copy with room for the sum of its gradients."""
+    if parameter.dtype not in (torch.bfloat16, torch.float16):
+        return parameter
+    master = parameter.detach().float()
+    master.grad = torch.zeros_like(master)
+    return master
+
+
+def _adder(sums: Tensor) -> Callable[[Tensor], None]:
     def add(parameter: Tensor) -> None:
-        if master.grad is None or parameter.grad is None:  # what was added to main_grad already
-            return
-        master.grad += parameter.grad
-        parameter.grad = None
+        if parameter.grad is not None:  # else it was added to main_grad already
+            sums.add_(parameter.grad)
+            parameter.grad = None
 
     return add
