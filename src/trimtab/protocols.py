@@ -32,6 +32,10 @@ class Engine(Protocol):
         """Take over new policy weights (nothing to do where sampler and trainer share them)."""
         ...
 
+    def sleep(self) -> None:
+        """Free what only sampling needs, until the next `generate`."""
+        ...
+
 
 class Reward(Protocol):
     """Scores responses. A plain Python function becomes one with `rewards.function`."""

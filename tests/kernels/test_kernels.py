@@ -188,7 +188,7 @@ def test_adamw_in_halves_is_adamw(shape: tuple[int, ...]) -> None:
         for ours, other in ((half.weight(), theirs), *((getattr(half, m), torchs.state[theirs][m]) for m in ("exp_avg", "exp_avg_sq"))):
             assert error(ours, other.detach().double()) < 2e-7
     assert torch.equal(half.parameter, half.weight().bfloat16())  # no draw here lies in the middle of two bfloat16 numbers
-    assert float((half.weight() - start.float()).abs().min()) > 0
+    assert float((half.weight() - start.float()).abs().mean()) > 1e-4
 
 
 @there

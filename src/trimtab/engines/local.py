@@ -50,6 +50,10 @@ class LocalEngine:
         for name, parameter in parameters:
             mine[name].copy_(parameter)
         self.version = version
+        self.sleep()
+
+    def sleep(self) -> None:
+        """Free the weights in the decoder's order, which the next `generate` makes again."""
         self._stepper = None
 
     def generate(self, prompts: Sequence[Prompt], n: int, *, seed: int) -> list[Group]:

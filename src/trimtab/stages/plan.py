@@ -82,9 +82,10 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """What is held throughout, and the larger of the two that take turns."""
-        turns = ("activations", "KV cache")
-        return sum(size for name, size in self.memory.items() if name not in turns) + max(self.memory.get(name, 0) for name in turns)
+        """What is held throughout, and the larger of the two that take turns: sampling and learning."""
+        turns = (("activations",), ("KV cache", "sampler's weights"))
+        held = sum(size for name, size in self.memory.items() if not any(name in turn for turn in turns))
+        return held + max(sum(self.memory.get(name, 0) for name in turn) for turn in turns)
 
     def check(self) -> None:
         """Raises ConfigError, naming the settings to change, if it does not fit."""

@@ -239,6 +239,7 @@ class PolicyLearning:
                 (kept if useful else alike).append((group, row))
             if len(kept) >= len(prompts):
                 break
+        self.engine.sleep()
         chosen = (kept + alike)[: len(prompts)]
         if not chosen:
             raise none_scored()
@@ -297,6 +298,7 @@ class PolicyLearning:
         """
         with self._sampler():
             greedy = self.greedy_engine.generate([group.prompt for group in groups], 1, seed=0)
+            self.greedy_engine.sleep()
         state, all_scores = self.shaping.state_dict(), self.reward.score(greedy)
         there = torch.tensor([not row[0].missing for row in all_scores])
         greedy, scores, failures = scored(greedy, all_scores)

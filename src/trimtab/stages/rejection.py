@@ -143,6 +143,7 @@ class Rounds:
         self.engine.load((), number)
         prompts = [self.prompts[i] for i in self.cursor.at(number)]
         groups = self.engine.generate(prompts, config.n, seed=seeds.derive(config.seed, "generate", number))
+        self.engine.sleep()
         groups, scores, failures = scored(groups, self.reward.score(groups))
         if not groups:
             raise none_scored()
