@@ -1,10 +1,11 @@
-"""Folders that are there whole or not at all, and can be seen to be whole.
+"""Folders and files that are there whole or not at all, and folders that can be seen to be whole.
 
 A folder is filled beside its place, synced to the disk and renamed; a manifest in it names every file with its size and SHA-256.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -12,9 +13,10 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -38,6 +40,39 @@ def save_atomically(folder: Path, write: Callable[[Path], object]) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def new_file(path: Path, errors: str = "strict") -> Iterator[IO[str]]:
+    """A text file that is there whole or not at all: written beside its place, synced, and renamed when nothing was raised.
+
+    errors: what is done about text that has no UTF-8, as in `open`. What processes that were killed have left of the same file is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        writer = left.name.removeprefix(f".{path.name}.")
+        if writer.isdecimal() and not running(int(writer)):
+            left.unlink(missing_ok=True)
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with staging.open("w", encoding="utf-8", errors=errors) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def running(process: int) -> bool:
+    """Whether a process of this number is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def stage(folder: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
+from trimtab import snapshot
 from trimtab.config import Config
 from trimtab.data import shapes
 from trimtab.data.readers import Row, read_rows
@@ -163,21 +163,12 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
     Raises DataError for a row that JSON cannot hold.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with staging.open("w", encoding="utf-8") as file:
-            for number, row in enumerate(rows, 1):
-                try:
-                    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-                except (TypeError, ValueError) as error:
-                    raise DataError(f"the row cannot be written as JSON: {error}", where=f"{path}:{number}") from None
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
+    with snapshot.new_file(Path(path)) as file:
+        for number, row in enumerate(rows, 1):
+            try:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            except (TypeError, ValueError) as error:
+                raise DataError(f"the row cannot be written as JSON: {error}", where=f"{path}:{number}") from None
 
 
 class _TooLong(DataError):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from trimtab import snapshot
 
 
 def render(template: str, output: Path, filters: Mapping[str, Callable[..., Any]] | None = None, **content: Any) -> Path:
@@ -17,8 +18,6 @@ def render(template: str, output: Path, filters: Mapping[str, Callable[..., Any]
     )
     environment.filters |= dict(filters or {})
     html = environment.get_template(template).render(**content)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.with_name(f".{output.name}.{os.getpid()}")
-    staging.write_text(html, encoding="utf-8", errors="replace")  # a lone surrogate in a sample has no UTF-8
-    os.replace(staging, output)
+    with snapshot.new_file(output, errors="replace") as file:  # a lone surrogate in a sample has no UTF-8
+        file.write(html)
     return output
