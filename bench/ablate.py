@@ -160,6 +160,13 @@ def products_of_torch() -> None:
     products.usable = lambda weight: False
 
 
+def masters() -> None:
+    """A float32 copy of the weights, stepped by torch's fused AdamW, beside those in bfloat16."""
+    from trimtab.kernels import adamw
+
+    adamw.serves = lambda parameter: False
+
+
 def look_apart() -> None:
     """The look at a rollout keeps nothing for the update that follows."""
     from trimtab.stages.actor_critic import PolicyOnly
@@ -182,6 +189,7 @@ SWITCHES = {
         environment={**TUNED_ALLOCATOR, "TRIMTAB_KERNELS": "off"},
     ),
     "matrix products of our own": Switch("linear layers and head by panels, gradients added up in float32", PAIRS, products_of_torch),
+    "weights in halves": Switch("bfloat16 weights are the upper halves of their float32 values, one pass a step", PAIRS, masters),
     "look is the first pass": Switch("the look at a rollout is the first forward pass of its update", ("grpo",), look_apart),
     "bfloat16": Switch("weights and products in bfloat16, masters in float32", BOTH, full_precision),
     "memory is kept": Switch("the allocator keeps freed memory", PAIRS, environment={}),
