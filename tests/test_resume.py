@@ -211,6 +211,41 @@ def test_an_end_before_there_is_a_recipe_is_no_hindrance(writer: str, place: Pat
     assert main(resuming.command("sft", "run", "resume=auto")) == 0
 
 
+@pytest.mark.parametrize("how", ["anew", "resume", "resume=auto", "overwrite"])
+def test_a_run_killed_before_it_could_replace_another_loses_neither(
+    how: str, place: Path, overwriting: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(overwriting, place, dirs_exist_ok=True)
+    new = resuming.command("sft", "run", "seed=1")
+    words = {"anew": new, "resume": ["resume", "run"], "resume=auto": [*new, "resume=auto"], "overwrite": [*new, "--overwrite"]}
+    assert main(words[how]) == (2 if how == "anew" else 0)
+    run = RunDirectory.open(place / "run")
+    assert run.config()["seed"] == (0 if how == "anew" else 1)
+    assert len(run.metrics()) == 5
+    assert not list(place.glob(".run-*"))
+    assert ("the earlier one is back" in capsys.readouterr().err) == (how in ("anew", "overwrite"))
+
+
+@pytest.fixture(scope="module")
+def overwriting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, set aside by a process that is killed while it loads its model."""
+    place = tmp_path_factory.mktemp("overwriting")
+    resuming.prepare(place)
+    script = (
+        "import os, sys\n"
+        "from trimtab import cli\n"
+        "from trimtab.models.language import LanguageModel\n"
+        "assert cli.main(sys.argv[1].split('|')) == 0\n"
+        "LanguageModel.load = lambda *words, **more: os.kill(os.getpid(), 9)\n"
+        "cli.main(sys.argv[2].split('|'))\n"
+    )
+    words = ["|".join(resuming.command("sft", "run", *more)) for more in (["seed=0"], ["seed=1", "--overwrite"])]
+    ended = subprocess.run([sys.executable, "-c", script, *words], cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(list(place.glob(".run-replaced-*"))) == 1
+    return place
+
+
 def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
     values = {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.5, 5: 0.4, 6: 0.3}
     for how, kept in (

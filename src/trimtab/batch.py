@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from trimtab import interrupt
 from trimtab.types import Group
 
 
@@ -195,7 +196,13 @@ LossFunction = Callable[[Outputs, Batch, Counts], Loss]
 @torch.no_grad()
 def observe(batch: Batch, forward: Callable[[Batch], Outputs], *, token_budget: int) -> Outputs:
     """Run a model over a batch in micro-batches, without gradients, and join what it says."""
-    return join([forward(micro) for micro in batch.micro_batches(token_budget)])
+    return join([passed(micro, forward) for micro in batch.micro_batches(token_budget)])
+
+
+def passed(micro: Batch, forward: Callable[[Batch], Outputs]) -> Outputs:
+    """What a model says of a micro-batch; before it does, the step may be abandoned."""
+    interrupt.pause()
+    return forward(micro)
 
 
 def join(parts: Sequence[Outputs]) -> Outputs:

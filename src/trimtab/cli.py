@@ -137,6 +137,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def _run(name: str, words: list[str]) -> int:
     from trimtab.config import load_recipe
+    from trimtab.runs.directory import RunDirectory
 
     command = COMMANDS[name]
     overwrite = "--overwrite" in words
@@ -158,6 +159,8 @@ def _run(name: str, words: list[str]) -> int:
     if command.kind == "action":
         _load(command.run)(config)
         return 0
+    if config.resume == "auto":
+        RunDirectory.recover(config.output)
     there = (Path(config.output) / "config.yaml").exists()
     if config.resume == "auto" and there and not overwrite:
         return _go_on(name, config, allow_changed=False)
@@ -189,6 +192,7 @@ def _resume(words: list[str]) -> int:
     words = [word for word in words if word != "--allow-changed"]
     if not words or "=" in words[0] or any(word.startswith("--") for word in words):
         raise ConfigError("name a run", where="command line", fix=usage)
+    RunDirectory.recover(words[0])
     run = RunDirectory.open(words[0])
     stage = next((event["stage"] for event in run.events() if event["event"] == "started"), None)
     if stage not in COMMANDS:

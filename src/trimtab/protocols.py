@@ -15,7 +15,7 @@ class Stateful(Protocol):
     """Something that decides the future of a run and so belongs in a checkpoint."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Tensors and JSON values, in mappings and lists."""
+        """Tensors and JSON values, in mappings and lists. What changes later reaches no value in it but tensors that are weights."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

@@ -1,10 +1,13 @@
 """Folders and files that are there whole or not at all, and folders that can be seen to be whole.
 
 A folder is filled beside its place, synced to the disk and renamed; a manifest in it names every file with its size and SHA-256.
+A folder that is there already changes places with the new one in one step (Linux), and is removed afterwards.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import glob
 import hashlib
 import json
@@ -27,6 +30,10 @@ WRITING = (OSError, SafetensorError)
 """What a write raises that fails: safetensors has an error of its own."""
 STEP = re.compile(r"step-(\d{6,})")
 LEFT = re.compile(r"\.step-\d{6,}-.+")
+HERE, EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of renameat2(2)."""
+CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a kernel or file system answers that does not exchange."""
 
 
 def save_atomically(folder: Path, write: Callable[[Path], object]) -> Path:
@@ -96,12 +103,28 @@ def publish(staging: Path, folder: Path) -> None:
     staging.chmod(0o755)
     if folder.exists():
         retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-        os.rename(folder, retired / folder.name)
-        os.rename(staging, folder)
+        if exchange(staging, folder):
+            os.rename(staging, retired / folder.name)
+        else:  # for an instant there is nothing at the place; what was there lies beside it
+            os.rename(folder, retired / folder.name)
+            os.rename(staging, folder)
+        _sync(folder.parent)
         shutil.rmtree(retired)
     else:
         os.rename(staging, folder)
-    _sync(folder.parent)
+        _sync(folder.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two things change places, in one step; False (and nothing has happened) where the system or the file system has no such step."""
+    if _renameat2 is None:
+        return False
+    if _renameat2(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in CANNOT:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def remove(folder: Path) -> None:
@@ -179,6 +202,19 @@ def last_good(checkpoints: Path) -> tuple[int | None, dict[Path, str]]:
             return step, wrong
         wrong[path] = fault
     return None, wrong
+
+
+def _system_call() -> Callable[..., int] | None:
+    """renameat2 of the C library, where it has one."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another system, or an older library
+        return None
+    call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    return call  # type: ignore[no-any-return]
+
+
+_renameat2 = _system_call()
 
 
 def _checksum(path: Path) -> str:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +108,116 @@ def test_an_earlier_run_is_replaced_at_the_first_step_and_only_when_asked(tmp_pa
     with pytest.raises(RunError, match="already holds a run"):
         RunDirectory.create(tmp_path / "run", "new: 1")
     with RunDirectory.create(tmp_path / "run", "new: 1", overwrite=True) as run:
+        run.log(0, {})
+    assert run.config() == {"new": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+BEGUN = """
+import sys, time
+from pathlib import Path
+from trimtab.runs.directory import RunDirectory
+
+with RunDirectory.create("run", "new: 1", overwrite=True) as run:
+    for step in range(int(sys.argv[1])):
+        run.log(step, {})
+    if sys.argv[2] == "samples":
+        run.samples(0, [{"response": "late"}])
+    if sys.argv[2] == "no recipe":
+        (run.path / "config.yaml").unlink()
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+
+
+def killed_while_it_replaces(place: Path, steps: int = 0, more: str = "") -> None:
+    """An earlier run, and a process that is killed while it replaces it."""
+    with RunDirectory.create(place / "run", "old: 1") as run:
+        run.log(0, {"loss": 1.0})
+    process = subprocess.Popen([sys.executable, "-c", BEGUN, str(steps), more], cwd=place, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    if not steps:
+        with pytest.raises(RunError, match="another process"):
+            RunDirectory.create(place / "run", "third: 1", overwrite=True)
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("state", ["", "no recipe", "no folder"])
+def test_a_run_set_aside_by_a_process_that_was_killed_is_brought_back(
+    state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed_while_it_replaces(tmp_path, more=state)
+    if state == "no folder":
+        shutil.rmtree(tmp_path / "run")
+    with pytest.raises(RunError, match="already holds a run"):
+        RunDirectory.create(tmp_path / "run", "third: 1")
+    assert "the earlier one is back" in capsys.readouterr().err
+    assert RunDirectory.open(tmp_path / "run").config() == {"old": 1}
+    assert RunDirectory.open(tmp_path / "run").metrics() == [{"step": 0, "loss": 1.0}]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_overwriting_once_more_replaces_the_run_that_was_set_aside(tmp_path: Path) -> None:
+    killed_while_it_replaces(tmp_path)
+    with pytest.raises(KeyboardInterrupt), RunDirectory.create(tmp_path / "run", "third: 1", overwrite=True):
+        raise KeyboardInterrupt
+    assert RunDirectory.open(tmp_path / "run").config() == {"old": 1}
+    with RunDirectory.create(tmp_path / "run", "third: 1", overwrite=True) as run:
+        run.log(0, {})
+    assert RunDirectory.open(tmp_path / "run").config() == {"third": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_going_on_with_the_new_run_keeps_the_old_one_until_there_is_a_step(tmp_path: Path) -> None:
+    killed_while_it_replaces(tmp_path)
+    run, step = RunDirectory.resume(tmp_path / "run")
+    with pytest.raises(RunError, match="another process"):
+        RunDirectory.create(tmp_path / "run", "third: 1", overwrite=True)
+    assert (run.config(), step) == ({"new": 1}, 0)
+    with pytest.raises(DataError), run:
+        raise DataError("bad row")
+    assert RunDirectory.open(tmp_path / "run").config() == {"old": 1}
+    killed_while_it_replaces(tmp_path / "again")
+    run, _ = RunDirectory.resume(tmp_path / "again/run")
+    with run:
+        run.log(0, {})
+    assert RunDirectory.open(tmp_path / "again/run").config() == {"new": 1}
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["run"]
+
+
+def test_going_on_where_there_is_no_new_run_is_going_on_with_the_old_one(tmp_path: Path) -> None:
+    killed_while_it_replaces(tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    RunDirectory.recover(tmp_path / "run")
+    run, _ = RunDirectory.resume(tmp_path / "run")
+    run.close()
+    assert run.config() == {"old": 1}
+
+
+def test_where_both_runs_hold_work_both_are_kept_and_it_is_said_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    killed_while_it_replaces(tmp_path, more="samples")
+    for start in (lambda: RunDirectory.create(tmp_path / "run", "third: 1"), lambda: RunDirectory.resume(tmp_path / "run")[0].close()):
+        with suppress(RunError):
+            start()
+        said = capsys.readouterr().err
+        (left,) = tmp_path.glob(".run-replaced-*")
+        assert str(left) in said
+        assert RunDirectory.open(left).config() == {"old": 1}
+        assert RunDirectory.open(tmp_path / "run").config() == {"new": 1}
+
+
+def test_a_process_killed_after_its_first_step_has_replaced_the_run(tmp_path: Path) -> None:
+    killed_while_it_replaces(tmp_path, steps=1)
+    assert RunDirectory.open(tmp_path / "run").config() == {"new": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_an_end_leaves_in_the_middle_of_a_removal_is_removed_and_never_brought_back(tmp_path: Path) -> None:
+    (tmp_path / ".run-dropped-1").mkdir()
+    (tmp_path / ".run-dropped-1/config.yaml").write_text("half: 1")
+    with RunDirectory.create(tmp_path / "run", "new: 1") as run:
         run.log(0, {})
     assert run.config() == {"new": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

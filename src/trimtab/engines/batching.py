@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trimtab import interrupt
 from trimtab.engines.cache import Cache, Prefill
 from trimtab.engines.decoder import Stepper
 from trimtab.engines.drafts import Tokens, agreed
@@ -74,6 +75,7 @@ class Batcher:
         active: list[int] = []  # the response in every row of the cache
         states = torch.zeros(0)
         while jobs or active:
+            interrupt.pause()
             taken = self._admissible(jobs, len(active))
             if taken:
                 starts, first = self._read(taken)

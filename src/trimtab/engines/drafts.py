@@ -50,7 +50,7 @@ class Memory:
         return [one for one, _ in known], [drafts for _, drafts in known]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": [[list(key), count, seed, [list(r) for r in responses]] for (key, count), (seed, responses) in self.seen.items()]}
+        return {"seen": [[key, count, seed, responses] for (key, count), (seed, responses) in self.seen.items()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen = {(tuple(key), count): (seed, tuple(map(tuple, responses))) for key, count, seed, responses in state["seen"]}

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from trimtab import interrupt
 from trimtab.batch import Batch, Outputs
 from trimtab.maths.logprobs import Head
 from trimtab.models.language import LanguageModel
@@ -77,6 +78,7 @@ class MovingReference(Reference):
     @torch.no_grad()
     def move(self, decay: float) -> None:
         """Come nearer the policy as it is now; a decay of 0 copies it."""
+        interrupt.commit()
         for name, parameter in self._parameters():
             self.weights[name].lerp_(parameter.to(self.weights[name].dtype), 1 - decay)
 

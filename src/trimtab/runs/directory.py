@@ -21,7 +21,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -41,6 +43,10 @@ except ImportError:  # Windows
 
 STREAMS = ("metrics", "samples", "events")
 LOCK, FRESH = ".lock", ".config.yaml"
+BARE = {LOCK, FRESH, "config.yaml", "checkpoints", "failures", "tensorboard", "wandb", "mlflow", *(f"{stream}.jsonl" for stream in STREAMS)}
+"""What lies in the folder of a run that has begun and done nothing yet."""
+ASIDE, DROPPED = "replaced", "dropped"
+"""What the folders beside a run are called: an earlier one, set aside until the new one has taken a step; one that is being removed."""
 
 
 class RunDirectory:
@@ -55,6 +61,7 @@ class RunDirectory:
         self.trackers: list[Tracker] = []
         self._files: dict[str, IO[str]] = {}
         self._aside: Path | None = None  # the run this one replaces, until it has taken a step
+        self._aside_held: IO[str] | None = None  # its lock: whoever can take that knows that this process is no more
         self._stepped = False
         self._held: IO[str] | None = None
 
@@ -62,11 +69,13 @@ class RunDirectory:
     def create(cls, path: str | Path, config_yaml: str, trackers: Sequence[Tracker] = (), *, overwrite: bool = False) -> RunDirectory:
         """Start a new run. With `overwrite`, an earlier run there is replaced once this one has taken its first step.
 
-        Raises RunError if the folder holds something already, or cannot be written.
+        One that a killed process had set aside, and whose successor has taken no step, is brought back first. Raises RunError if the
+        folder holds something already, or cannot be written.
         """
         run = cls(Path(path))
         run.trackers = list(trackers)
         try:
+            cls(run.path)._recover(begun=True)
             if run.path.exists() and not run._hardly_begun():
                 run._set_aside(overwrite)
             (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -83,18 +92,29 @@ class RunDirectory:
     def resume(cls, path: str | Path, config_yaml: str | None = None) -> tuple[RunDirectory, int]:
         """Go on with an earlier run: its streams are cut back to its newest whole checkpoint, whose step comes too.
 
+        Where it has taken no step yet and was to replace another one, that stays set aside until it has.
         config_yaml: the recipe it goes on with, if that has changed. Checkpoints that are damaged are put aside. Raises RunError if there
         is no run, or nothing to go on from.
         """
         run = cls.open(path)
         try:
             run._lock()
+            run._adopt()
             return run, run._go_back(config_yaml)
         except OSError as error:
             raise RunError(f"cannot write here: {error.strerror}", where=str(path), fix="make the folder writable") from None
         finally:
             if not run._files:
                 run._unlock()
+                run._let_go()
+
+    @classmethod
+    def recover(cls, path: str | Path) -> None:
+        """Bring back the run that a killed process had set aside, where there is no other in its place. Raises RunError if it cannot."""
+        try:
+            cls(Path(path))._recover(begun=False)
+        except OSError as error:
+            raise RunError(f"cannot write here: {error.strerror}", where=str(path), fix="make the folder writable") from None
 
     def _go_back(self, config_yaml: str | None) -> int:
         """To the newest whole checkpoint; returns its step, 0 if there was none yet."""
@@ -111,7 +131,7 @@ class RunDirectory:
         for stream in STREAMS:
             self._cut(stream, None if stream == "events" else step or 0)
         self._files = {stream: self._writer(stream, "a") for stream in STREAMS}
-        self._stepped = True
+        self._stepped = self._aside is None
         for folder, fault in wrong.items():
             self.event("checkpoint damaged", checkpoint=folder.name, fault=fault)
         return step or 0
@@ -126,8 +146,8 @@ class RunDirectory:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics: {"step": step, name: number, ...}."""
         self._stepped = True
-        self._drop_aside()
         self._write("metrics", {"step": step, **{name: float(value) for name, value in metrics.items()}})
+        self._drop_aside()  # now that this run has something of its own
         self._tell(lambda tracker: tracker.log(step, metrics))
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -203,14 +223,9 @@ class RunDirectory:
 
     def _lock(self) -> None:
         """Hold the folder for this process. Raises RunError if another one does."""
-        if fcntl is None:
-            return
-        held = (self.path / LOCK).open("w")
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            held.close()
-            raise RunError("another process works on this run", where=str(self.path), fix="wait for it, or choose another output") from None
+        held = locked(self.path)
+        if held is None and fcntl is not None:
+            raise RunError("another process works on this run", where=str(self.path), fix="wait for it, or choose another output")
         self._held = held
 
     def _unlock(self) -> None:
@@ -260,24 +275,85 @@ class RunDirectory:
         if not overwrite:
             raise RunError("this folder already holds a run", where=str(self.path), fix="choose another output, or add --overwrite")
         self._lock()
-        self._unlock()
-        aside = self.path.with_name(f".{self.path.name}-replaced-{os.getpid()}")
+        aside = self.path.with_name(f".{self.path.name}-{ASIDE}-{os.getpid()}")
         self.path.rename(aside)
-        self._aside = aside
+        self._aside, self._aside_held, self._held = aside, self._held, None
+
+    def _adopt(self) -> None:
+        """Where this run has done nothing yet: the run that it was to replace, and still is."""
+        for left in self._left():
+            if self._aside is None and self._nothing_done():
+                self._aside, self._aside_held = left.path, left._held
+            else:
+                left._said_where()
+
+    def _recover(self, *, begun: bool) -> None:
+        """Bring back a run that was set aside by a process that is no more. begun: also where the new one has a recipe, but no step.
+
+        Where the new one has done something, both are kept, and it is said where.
+        """
+        for dropped in self.path.parent.glob(f".{escape(self.path.name)}-{DROPPED}-*"):
+            shutil.rmtree(dropped, ignore_errors=True)
+        for left in self._left():
+            there = self.path.exists() and not self._hardly_begun()
+            if there and not (begun and self._nothing_done()):
+                if begun:
+                    left._said_where()
+                left._unlock()
+                continue
+            if self.path.exists():
+                self._lock()
+                self._unlock()
+            self._aside, self._aside_held = left.path, left._held
+            self._bring_back()
+            said = "a run that was to replace the one here was ended before its first step: the earlier one is back"
+            print(f"{self.path}: {said}", file=sys.stderr)
+
+    def _left(self) -> Iterator[RunDirectory]:
+        """The runs that were set aside for one here by processes that are no more, newest first; each is locked."""
+        found = [path for path in self.path.parent.glob(f".{escape(self.path.name)}-{ASIDE}-*") if (path / "config.yaml").is_file()]
+        for path in sorted(found, key=lambda path: path.stat().st_ctime, reverse=True):
+            left = RunDirectory(path)
+            left._held = locked(path)
+            if left._held is not None:
+                yield left
+
+    def _said_where(self) -> None:
+        print(f"{self.path}: an earlier run, which was to be replaced; it is kept until you remove it", file=sys.stderr)
+        self._unlock()
+
+    def _nothing_done(self) -> bool:
+        """Whether this run has begun, and done nothing that would be missed."""
+        return (
+            all(path.name in BARE for path in self.path.iterdir())
+            and not any(step for step in snapshot.steps(self.path / "checkpoints"))
+            and not any(path.exists() and path.stat().st_size for path in (self.path / "metrics.jsonl", self.path / "samples.jsonl"))
+            and not any(event["event"] == "finished" for event in self.events())
+        )
 
     def _bring_back(self) -> None:
         if self._aside is not None:
             if (self.path / "failures").is_dir():  # what the error that ends this run speaks of
                 shutil.rmtree(self._aside / "failures", ignore_errors=True)
                 (self.path / "failures").rename(self._aside / "failures")
-            shutil.rmtree(self.path, ignore_errors=True)
-            self._aside.rename(self.path)
+            if self.path.exists():
+                _drop(self.path, self.path.name, keep=self._aside)
+            else:
+                self._aside.rename(self.path)
             self._aside = None
+            self._let_go()
 
     def _drop_aside(self) -> None:
         if self._aside is not None:
-            shutil.rmtree(self._aside, ignore_errors=True)
+            with suppress(OSError):  # it stays where it is, and the next start says so
+                _drop(self._aside, self.path.name)
             self._aside = None
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._aside_held is not None:
+            self._aside_held.close()
+            self._aside_held = None
 
     def _tell(self, message: Callable[[Tracker], None]) -> None:
         """Pass a message on. A tracker that fails (no network, a full disk) is left out from then on; the run goes on."""
@@ -312,6 +388,28 @@ class RunDirectory:
                 if number < len(lines):  # what follows the last newline is a killed run's torn line
                     raise RunError("not valid JSON", where=f"{path}:{number}", fix="remove the damaged line") from None
         return rows
+
+
+def locked(folder: Path) -> IO[str] | None:
+    """A folder's lock, held until it is closed or the process ends; None where another process holds it (or there are no locks)."""
+    if fcntl is None:
+        return None
+    held = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        held.close()
+        return None
+    return held
+
+
+def _drop(folder: Path, name: str, *, keep: Path | None = None) -> None:
+    """Remove a folder, which loses its name first: what an end in the middle leaves is not mistaken for a run. keep: takes its place."""
+    nameless = folder.with_name(f".{name}-{DROPPED}-{time.time_ns()}")
+    folder.rename(nameless)
+    if keep is not None:
+        keep.rename(folder)
+    shutil.rmtree(nameless, ignore_errors=True)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ The sampler gets new weights only between two steps, when nothing is being sampl
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
@@ -44,6 +45,7 @@ class Overlap(Generic[T]):
         self.make, self.refresh = make, refresh
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         self.begun: tuple[int, Future[T]] | None = None
+        self._waited = 0.0
 
     def take(self, step: int, *, more: bool) -> T:
         """The rollout of a step: the one begun before, or (at the first step) one made now. With `more`, the next one is begun."""
@@ -59,7 +61,15 @@ class Overlap(Generic[T]):
 
     def pending(self) -> tuple[int, T] | None:
         """The rollout that is begun, when it is done, and its step."""
-        return None if self.begun is None else (self.begun[0], self.begun[1].result())
+        start = time.perf_counter()
+        pending = None if self.begun is None else (self.begun[0], self.begun[1].result())
+        self._waited += time.perf_counter() - start
+        return pending
+
+    def waited(self) -> float:
+        """Seconds waited for what is pending since this was last asked."""
+        seconds, self._waited = self._waited, 0.0
+        return seconds
 
     def begin_with(self, step: int, rollout: T) -> None:
         """Have the rollout of a step already: it was made before the run was resumed."""

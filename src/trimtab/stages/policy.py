@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from trimtab import rewards, seeds
+from trimtab import interrupt, rewards, seeds
 from trimtab.algorithms import ALGORITHMS
 from trimtab.algorithms.base import PolicyGradientConfig, ReferenceConfig
 from trimtab.algorithms.explain import causes, weights
@@ -202,6 +202,7 @@ class PolicyLearning:
             return self.sample(step, clock)
         with clock("wait"):
             sampled, beside = self.overlap.take(step, more=step + 1 < self.config.steps)
+        clock.before("wait", self.overlap.waited())
         clock.parts |= {f"time/beside/{part.removeprefix('time/')}": seconds for part, seconds in beside.parts.items()}
         return sampled
 
@@ -231,7 +232,7 @@ class PolicyLearning:
                 prompts = [self.prompts[i] for i in self._cursor(attempt).at(step)]
                 seed = seeds.derive(config.seed, "generate", step, *([attempt] if attempt else []))
                 groups = self.engine.generate(prompts, config.responses_per_prompt, seed=seed)
-            with clock("reward"):
+            with clock("reward"), interrupt.at_once():
                 groups, scores, failed = scored(groups, self.reward.score(groups), least)
                 failures += failed
             for group, row in zip(groups, scores, strict=True):
@@ -299,7 +300,8 @@ class PolicyLearning:
         with self._sampler():
             greedy = self.greedy_engine.generate([group.prompt for group in groups], 1, seed=0)
             self.greedy_engine.sleep()
-        state, all_scores = self.shaping.state_dict(), self.reward.score(greedy)
+        with interrupt.at_once():
+            state, all_scores = self.shaping.state_dict(), self.reward.score(greedy)
         there = torch.tensor([not row[0].missing for row in all_scores])
         greedy, scores, failures = scored(greedy, all_scores)
         if not greedy:

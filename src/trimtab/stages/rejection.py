@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from trimtab import rewards, seeds
+from trimtab import interrupt, rewards, seeds
 from trimtab.batch import Batch, Outputs, observe
 from trimtab.data.cursor import Cursor
 from trimtab.data.records import DataConfig, load_prompts
@@ -144,7 +144,8 @@ class Rounds:
         prompts = [self.prompts[i] for i in self.cursor.at(number)]
         groups = self.engine.generate(prompts, config.n, seed=seeds.derive(config.seed, "generate", number))
         self.engine.sleep()
-        groups, scores, failures = scored(groups, self.reward.score(groups))
+        with interrupt.at_once():
+            groups, scores, failures = scored(groups, self.reward.score(groups))
         if not groups:
             raise none_scored()
         log_ratio = self._logprobs(groups, self.model.forward) - self._logprobs(groups, self.reference.forward)

@@ -29,12 +29,16 @@ from torch import Tensor
 
 from trimtab import __version__, kernels, snapshot
 from trimtab.config import Config
-from trimtab.errors import RunError
+from trimtab.errors import RunError, TrimtabError
+from trimtab.interrupt import Abandoned, Stop, deferred
+from trimtab.models.reference import MovingReference
 from trimtab.protocols import Stateful, Tracker
 from trimtab.training.guards import Guards
-from trimtab.training.interrupt import Stop, deferred
+from trimtab.training.optimiser import Optimiser
 
 STATE_TENSORS, STATE = "state.safetensors", "state.json"
+WEIGHTS = (Optimiser, MovingReference)
+"""Parts that hold weights: they do not change before `interrupt.commit`."""
 
 
 class Saveable(Protocol):
@@ -130,8 +134,25 @@ class Checkpoints:
         if last:
             self.wait()
 
-    def save(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write a checkpoint. What could change is copied before this returns; the rest goes on beside the next steps."""
+    def mark(self) -> dict[str, Any] | None:
+        """The state of a step's start, but for the weights; None where it is not known, because what is begun has failed."""
+        try:
+            return {name: part.state_dict() for name, part in self.parts.items() if not isinstance(part, WEIGHTS)}
+        except TrimtabError:  # the step will say so
+            return None
+
+    def abandoned(self, step: int, marked: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """A step (counted from 0) was left before it changed a weight: save the state of its start."""
+        if self._written != step:
+            self.save(step, metrics, marked)
+        self.wait()
+        self.tracker.event("step abandoned", step=step)
+
+    def save(self, step: int, metrics: Mapping[str, float], marked: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint. What could change is copied before this returns; the rest goes on beside the next steps.
+
+        marked: states that take the place of the parts' own.
+        """
         self.wait()
         target = snapshot.step_folder(self.folder, step)
         staging = snapshot.stage(target)
@@ -139,7 +160,9 @@ class Checkpoints:
             for name, model in self.models.items():
                 (staging / name).mkdir()
                 model.write(staging / name)
-            tree, tensors = _split({name: part.state_dict() for name, part in self.parts.items()}, copy=self.config.background)
+            known = marked or {}
+            states = {name: known[name] if name in known else part.state_dict() for name, part in self.parts.items()}
+            tree, tensors = _split(states, copy=self.config.background)
         except snapshot.WRITING as error:
             shutil.rmtree(staging, ignore_errors=True)
             raise self._failed(target, error) from error
@@ -193,8 +216,8 @@ def each_step(
 ) -> dict[str, float]:
     """Take the steps that are left, saving when it is time, and going back from spikes; returns the last one's metrics.
 
-    Ctrl-C and SIGTERM let the step end and are raised when it is saved; where nothing is saved they interrupt at once, as a loop within a
-    step of another does.
+    Ctrl-C and SIGTERM let the step end (the second time: let it be abandoned) and are raised when it is saved; where nothing is saved they
+    interrupt at once, as a loop within a step of another does.
     """
     metrics: dict[str, float] = {}
     step = start
@@ -205,7 +228,14 @@ def each_step(
             while step < total:
                 if guards is not None:
                     guards.begin(step)
-                metrics = one(step)
+                marked = checkpoints.mark() if checkpoints is not None else None
+                try:
+                    with stop.step(abandonable=marked is not None):
+                        metrics = one(step)
+                except Abandoned:
+                    if checkpoints is not None and marked is not None:
+                        checkpoints.abandoned(step, marked, metrics)
+                    raise
                 if checkpoints is not None and guards is not None and guards.spike is not None:
                     step = guards.go_back(step, checkpoints.go_back)
                 else:

@@ -20,6 +20,11 @@ class Clock:
         yield
         self.parts[f"time/{part}"] = self.parts.get(f"time/{part}", 0.0) + time.perf_counter() - start
 
+    def before(self, part: str, seconds: float) -> None:
+        """Count seconds that passed before the step was begun as its own."""
+        self.start -= seconds
+        self.parts[f"time/{part}"] = self.parts.get(f"time/{part}", 0.0) + seconds
+
     @property
     def seconds(self) -> dict[str, float]:
         return {**self.parts, "time/step": time.perf_counter() - self.start}

@@ -105,7 +105,8 @@ class Guards:
         return skipped | ({"guard/rollbacks": float(self.rolled_back), "guard/lr_factor": self.lr_factor} if self.watching else {})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "rolled_back": self.rolled_back, "lr_factor": self.lr_factor, "history": self.history}
+        history = dict(self.history)  # what is seen later makes new lists
+        return {"skipped": self.skipped, "rolled_back": self.rolled_back, "lr_factor": self.lr_factor, "history": history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.history = {name: list(values) for name, values in state["history"].items()}

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from trimtab.batch import Batch, Counts, LossFunction, Outputs, join
+from trimtab import interrupt
+from trimtab.batch import Batch, Counts, LossFunction, Outputs, join, passed
 from trimtab.training import finite
 from trimtab.training.clock import Clock
 from trimtab.training.optimiser import Optimiser
@@ -40,9 +41,11 @@ def update(
             norms = [optimiser.grad_norm() for optimiser in optimisers]
         if not all(map(math.isfinite, norms)):
             raise finite.refusal(f"the gradient's norm is {norms}", _culprits(batch, forward, loss, optimisers, token_budget))
+        interrupt.pause()
     except BaseException:
         _clear(optimisers)
         raise
+    interrupt.commit()
     with clock("optimiser"):
         for optimiser, norm in zip(optimisers, norms, strict=True):
             optimiser.step(at, norm)
@@ -67,7 +70,7 @@ class Ahead:
         outputs = forward(first)
         self.kept = first, outputs
         with torch.no_grad():
-            return join([outputs, *(forward(micro) for micro in rest)])
+            return join([outputs, *(passed(micro, forward) for micro in rest)])
 
     def __call__(self, batch: Batch) -> Outputs:
         kept, self.kept = self.kept, None  # for the first micro-batch after the look, and for nothing else
@@ -87,6 +90,7 @@ def _gather(
     means: dict[str, Tensor] = {}
     maxima: dict[str, Tensor] = {}
     for number, micro in enumerate(batch.micro_batches(token_budget)):
+        interrupt.pause()
         with clock("forward"):
             outputs = forward(micro)
             part = loss(outputs, micro, counts)
