@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trimtab.models.scorer import Scorer
 from trimtab.runs.directory import RunDirectory
 from trimtab.stages import plan as planning
 from trimtab.stages.plan import Plan, activation_bytes, cache_bytes, count, plan, sizes_of
+from trimtab.training.clock import Clock
 from trimtab.training.optimiser import OptimConfig, Optimiser
 
 
@@ -112,17 +114,55 @@ def test_there_is_no_plan_for_what_trains_nothing(place: Path) -> None:
     assert main(["plan", "merge", "model=model", "output=merged"]) == 2
 
 
+def test_what_works_beside_the_activations_is_counted(place: Path) -> None:
+    def of(kind: str, *more: str) -> int:
+        return plan(recipe(kind, *more), probe=False).memory["activations"]
+
+    config = ModelConfig(path="model", dtype="float32", lora=LoraConfig(rank=2))
+    widths = [m.out_features for m in LanguageModel.load(config).plain.modules() if isinstance(m, torch.nn.Linear) and hasattr(m, "weight")]
+    assert 0 < planning.adapter_bytes(config, 10) <= 40 * sum(widths)
+    assert planning.adapter_bytes(config.model_copy(update={"checkpointing": True}), 10) == planning.adapter_bytes(config, 10) // 2
+    assert planning.adapter_bytes(config.model_copy(update={"lora": None}), 10) == 0
+    assert of("sft with an adapter") > of("sft")
+    assert of("ppo, critic of its own") > of("ppo")
+
+
+def test_a_critic_of_its_own_takes_time_for_every_update_of_its_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Still(Clock):
+        """A second for everything, whatever the machine does."""
+
+        def __init__(self) -> None:
+            self.parts = {f"time/{part}": 1.0 for part in ("forward", "backward", "optimiser")}
+
+        def __call__(self, part: str) -> Any:
+            return nullcontext()
+
+    monkeypatch.setattr(planning, "Clock", Still)
+    shared, own, more = (
+        planning.seconds_of(asked, sizes_of(asked))
+        for asked in (recipe("ppo"), recipe("ppo", "critic.trunk=own"), recipe("ppo", "critic.trunk=own", "critic.updates=3"))
+    )
+    for part in ("forward", "backward", "optimiser"):
+        assert [own[part], more[part]] == [pytest.approx(2 * shared[part]), pytest.approx(4 * shared[part])]
+
+
+SUPERVISED = ("fit.batch_size=8", "fit.micro_batch_tokens=700", "data.holdout=0", "fit.eval_every=null")
+ROLLOUT = ("micro_batch_tokens=700", "sampling.max_tokens=64", "prompts_per_step=4", "responses_per_prompt=4", "samples_every=100")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sft", "grpo"])
+@pytest.mark.parametrize("kind", ["sft", "sft with an adapter", "reward", "dpo", "grpo", "ppo, critic of its own"])
 def test_peak_and_step_time_are_what_a_run_really_takes(kind: str, place: Path) -> None:
     """Memory within 15 %, time within 30 %, of a run in a process of its own."""
     small = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
     tiny.folder(place / "model", scale=1.0, **small)
-    (place / "sft.jsonl").write_text("".join(json.dumps({"prompt": f"{i} ", "completion": "say " * 40}) + "\n" for i in range(64)))
-    more = {
-        "sft": ("fit.batch_size=8", "fit.micro_batch_tokens=700", "data.holdout=0", "fit.eval_every=null"),
-        "grpo": ("micro_batch_tokens=700", "sampling.max_tokens=64", "prompts_per_step=4", "responses_per_prompt=4", "samples_every=100"),
-    }[kind]
+    rows = {
+        "sft": {"completion": "say " * 40},
+        "pairs": {"chosen": "yes " * 40, "rejected": "no " * 40},
+    }
+    for name, row in rows.items():
+        (place / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{i} ", **row}) + "\n" for i in range(64)))
+    more = ROLLOUT if kind.startswith(("grpo", "ppo")) else SUPERVISED
     words = resuming.command(kind, "run", *more, "model.device=cpu")
     code = "import sys; from trimtab.cli import main; main(sys.argv[1:]); print([l for l in open('/proc/self/status') if 'VmHWM' in l][0])"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
