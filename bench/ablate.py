@@ -175,6 +175,13 @@ def look_apart() -> None:
     PolicyOnly.look = lambda self, batch, *, ahead=False: look(self, batch)  # type: ignore[method-assign]
 
 
+def give_memory_back() -> None:
+    """The C library does as it does by itself."""
+    from trimtab.models import loading
+
+    loading.keep_freed_memory = lambda: None  # type: ignore[assignment]
+
+
 PAIRS = ("dpo-precomputed", "dpo-long")
 BOTH = ("dpo-precomputed", "grpo", "decode-transformers")
 SWITCHES = {
@@ -192,7 +199,7 @@ SWITCHES = {
     "weights in halves": Switch("bfloat16 weights are the upper halves of their float32 values, one pass a step", PAIRS, masters),
     "look is the first pass": Switch("the look at a rollout is the first forward pass of its update", ("grpo",), look_apart),
     "bfloat16": Switch("weights and products in bfloat16, masters in float32", BOTH, full_precision),
-    "memory is kept": Switch("the allocator keeps freed memory", PAIRS, environment={}),
+    "memory is kept": Switch("the allocator keeps freed memory", PAIRS, give_memory_back, environment={}),
     "reference once": Switch("the reference's log-probabilities are kept", ("dpo-precomputed",), work={"reference": True}),
 }
 """What it is when it is on, where it is measured, how it is taken away."""
