@@ -164,6 +164,6 @@ WORKS = {
 QUICK = {
     "dpo": replace(WORKS["dpo"], rows=2),
     "sft": replace(WORKS["sft"], rows=2),
-    "decode-transformers": replace(WORKS["decode-transformers"], new=32, response=(32, 32)),
+    "decode-transformers": replace(WORKS["decode-transformers"], new=16, response=(16, 16)),
 }
 """What `--quick` runs: one of each sort, smaller steps, the peer's setting as found earlier."""
