@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -114,6 +116,15 @@ def test_same_seed_same_responses_other_seed_others() -> None:
     a, b, c = (sampler.generate(PROMPTS, 2, seed=seed) for seed in (1, 1, 2))
     assert a == b
     assert a != c
+
+
+def test_an_engine_that_has_slept_holds_no_weights_and_answers_as_before() -> None:
+    sampler = engine()
+    before, weights = sampler.generate([Prompt((5, 9), "")], 4, seed=1), weakref.ref(sampler.stepper())
+    sampler.sleep()
+    gc.collect()
+    assert weights() is None
+    assert sampler.generate([Prompt((5, 9), "")], 4, seed=1) == before
 
 
 def test_temperature_zero_is_the_most_probable_token() -> None:
