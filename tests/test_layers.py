@@ -11,8 +11,8 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "trimtab"
 LAYERS = [
-    "errors", "interrupt", "types", "seeds", "batch", "protocols", "config", "places", "snapshot", "kernels", "maths", "data", "models",
-    "engines", "rewards", "algorithms", "training", "stages", "runs", "demo", "exact", "cli",
+    "errors", "interrupt", "memory", "types", "seeds", "batch", "protocols", "config", "places", "snapshot", "kernels", "maths", "data",
+    "models", "engines", "rewards", "algorithms", "training", "stages", "runs", "demo", "exact", "cli",
 ]  # fmt: skip
 SIBLINGS = {
     "algorithms": {"base", "group"},
@@ -26,7 +26,7 @@ WALLS = {
     "vllm": "engines/vllm.py", "ray": "scale", "fastapi": "feedback", "vaderSentiment": "demo/annotator.py", "datasets": "data/readers.py",
     "pyarrow": "data/readers.py", "matplotlib": "runs/charts.py", "peft": "models/loading.py",
 }  # fmt: skip
-TORCHLESS = ["errors", "interrupt", "types", "seeds", "config", "runs", "runs.directory", "runs.report", "cli"]
+TORCHLESS = ["errors", "interrupt", "memory", "types", "seeds", "config", "runs", "runs.directory", "runs.report", "cli"]
 
 
 def imports(path: Path) -> list[tuple[str, ast.AST]]:

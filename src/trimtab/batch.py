@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trimtab import interrupt
+from trimtab.memory import fitted
 from trimtab.types import Group
 
 
@@ -156,6 +157,11 @@ class Batch:
             room -= group.token_count
         return [self.select(piece) for piece in pieces]
 
+    def smaller(self, token_budget: int) -> int | None:
+        """A budget that cuts the largest micro-batch of this one; null where every micro-batch is a single group."""
+        sizes = [sum(g.token_count for g in m.groups) for m in self.micro_batches(token_budget) if len(m.groups) > 1]
+        return max(sizes) // 2 if sizes else None
+
     def minibatches(self, count: int, order: Sequence[int] | None = None) -> list[Batch]:
         """Cut into `count` batches with as equal a number of groups as possible; `order` permutes the groups first."""
         order = list(range(len(self.groups))) if order is None else list(order)
@@ -195,8 +201,9 @@ LossFunction = Callable[[Outputs, Batch, Counts], Loss]
 
 @torch.no_grad()
 def observe(batch: Batch, forward: Callable[[Batch], Outputs], *, token_budget: int) -> Outputs:
-    """Run a model over a batch in micro-batches, without gradients, and join what it says."""
-    return join([passed(micro, forward) for micro in batch.micro_batches(token_budget)])
+    """Run a model over a batch in micro-batches, without gradients, and join what it says. They are smaller where memory runs out."""
+    outputs, _ = fitted(lambda budget: join([passed(micro, forward) for micro in batch.micro_batches(budget)]), token_budget, batch.smaller)
+    return outputs
 
 
 def passed(micro: Batch, forward: Callable[[Batch], Outputs]) -> Outputs:

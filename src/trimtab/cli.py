@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab import __version__
+from trimtab import __version__, memory
 from trimtab.algorithms import ALGORITHMS, PREFERENCES
 from trimtab.errors import ConfigError, TrimtabError
 
@@ -104,6 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch(argv)
     except TrimtabError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not memory.ran_out(error):
+            raise
+        print(f"error: {memory.shortage(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupted:
         print("interrupted; what was written so far is kept, and `trimtab resume` goes on with it", file=sys.stderr)

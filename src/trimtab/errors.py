@@ -47,5 +47,9 @@ class NumericalError(TrimtabError):
     """A loss, gradient or log-probability is not finite; the optimiser step was not taken."""
 
 
+class ResourceError(TrimtabError):
+    """Memory has run out, and smaller pieces of work do not help."""
+
+
 class RunError(TrimtabError):
     """A run directory cannot be created, read or written."""

@@ -19,6 +19,7 @@ from trimtab.engines.decoder import Stepper, choose, fingerprint
 from trimtab.engines.drafts import Memory, Tokens, uniform_numbers
 from trimtab.engines.sampling import SamplingConfig
 from trimtab.errors import DataError
+from trimtab.memory import fitted
 from trimtab.models.language import LanguageModel
 from trimtab.types import Group, Prompt, Response
 
@@ -81,9 +82,13 @@ class LocalEngine:
                 f"a prompt of {longest} tokens and {self.sampling.max_tokens} new ones exceed the model's context of {self.model.context}",
                 fix="lower sampling.max_tokens, or set data.max_prompt_tokens with data.on_long=skip",
             )
-        batcher = Batcher(self.model, self.stepper(), self.sampling, self.config.rows, uniform)
-        batcher.run(prompts, n, drafts)
-        answers = [self._response(tokens, logprobs) for tokens, logprobs in batcher.responses()]
+
+        def drawn(rows: int) -> list[Response]:
+            batcher = Batcher(self.model, self.stepper(), self.sampling, rows, uniform)
+            batcher.run(prompts, n, drafts)
+            return [self._response(tokens, logprobs) for tokens, logprobs in batcher.responses()]
+
+        answers, _ = fitted(drawn, self.config.rows, lambda rows: rows // 2 or None)
         return [Group(prompt, tuple(answers[i * n : (i + 1) * n])) for i, prompt in enumerate(prompts)]
 
     def _response(self, tokens: list[int], logprobs: list[float]) -> Response:

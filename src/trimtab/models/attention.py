@@ -1,5 +1,5 @@
-"""Attention over a packed batch, with a backward pass of its own: a compiled kernel where there is one (`kernels.attention`), else batched
-matrix products on small padded blocks.
+"""Attention over a packed batch: a compiled kernel on CPUs that have one (`kernels.attention`), FlexAttention on GPUs (`models.flex`), else
+batched matrix products on small padded blocks, with a backward pass of their own.
 
 A block holds a few groups of similar size side by side. Its prompts attend causally to themselves; its responses, cut into parts of
 similar length, attend to their prompt and causally to themselves. A response's queries against the prompt's keys are one product
@@ -12,8 +12,8 @@ memory. Long prompts and responses are taken a few query rows at a time, which a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trimtab.kernels import attention as fused
 from trimtab.kernels.attention import Sequences
+from trimtab.models import flex
 from trimtab.models.blocks import Block, Span, blocks_of
 
 QUERY_TOKENS = 256
@@ -60,6 +61,10 @@ class Plan:
     @cached_property
     def sequences(self) -> Sequences:
         return Sequences.of(self.spans)
+
+    @cached_property
+    def sights(self) -> flex.Sights:
+        return flex.Sights.of(self.spans, self.tokens, self.device)
 
     def order(self, kv: int) -> tuple[Tensor, Tensor, Tensor]:
         """For a number of key heads: `rows`, where each row is in the packed [n * kv]; `back`, the inverse; and the rows of padding."""
@@ -116,7 +121,15 @@ def attention(
     """
     if fused.usable(query):
         return fused.attention(query, key, value, plan.sequences, settings.scale, settings.window, settings.softcap)
+    if flex.usable(query) and flex.agrees(query, key.shape[1], settings.window, settings.softcap, partial(_by_products, settings=settings)):
+        return flex.attention(query, key, value, plan.sights, settings.scale, settings.window, settings.softcap)
     return _Attention.apply(query, key, value, plan, settings)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _by_products(query: Tensor, key: Tensor, value: Tensor, spans: list[Span], *, settings: AttentionSettings) -> Tensor:
+    """What FlexAttention is held against, with the scale that it is held against it with."""
+    usual = replace(settings, scale=query.shape[-1] ** -0.5)
+    return _Attention.apply(query, key, value, Plan(spans, len(query), query.device), usual)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Attention(torch.autograd.Function):

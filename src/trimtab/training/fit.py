@@ -71,7 +71,7 @@ def fit(
                     batch = hooks.prepare(batch, step)
             raw = update(batch, forward, loss, optimisers, at=step, token_budget=config.micro_batch_tokens, clock=clock)
         metrics = {name: value for name, value in raw.items() if "/" in name}
-        metrics |= {"optim/grad_norm": raw["grad_norm"]} if raw else {}
+        metrics |= {f"optim/{name}": raw[name] for name in ("grad_norm", "out_of_memory") if name in raw}
         if guards is not None and checkpoints is not None:
             guards.see(loss=raw.get("loss"))
             metrics |= guards.metrics()

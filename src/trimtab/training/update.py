@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trimtab import interrupt
 from trimtab.batch import Batch, Counts, LossFunction, Outputs, join, passed
+from trimtab.memory import fitted
 from trimtab.training import finite
 from trimtab.training.clock import Clock
 from trimtab.training.optimiser import Optimiser
@@ -30,13 +31,16 @@ def update(
     at:    the position in the learning-rate schedule.
     clock: is told how long forward passes (with the loss), backward passes and the optimiser take.
 
-    The result does not depend on how the minibatch is cut into micro-batches of at most `token_budget` packed tokens.
+    The result does not depend on how the minibatch is cut into micro-batches of at most `token_budget` packed tokens, so that one which
+    does not fit into memory is begun anew with smaller ones; how often is among the metrics then (`out_of_memory`).
     Raises NumericalError with the samples, and with no weight changed, when a column of the batch, a loss or a gradient is not finite.
     """
     clock = clock or Clock()
     finite.check(batch, token_budget)
     try:
-        means, maxima = _gather(batch, forward, loss, token_budget, clock)
+        (means, maxima), times = fitted(
+            lambda budget: _gather(batch, forward, loss, budget, clock), token_budget, batch.smaller, lambda: _clear(optimisers)
+        )
         with clock("optimiser"):
             norms = [optimiser.grad_norm() for optimiser in optimisers]
         if not all(map(math.isfinite, norms)):
@@ -49,7 +53,8 @@ def update(
     with clock("optimiser"):
         for optimiser, norm in zip(optimisers, norms, strict=True):
             optimiser.step(at, norm)
-    return {name: float(value) for name, value in {**means, **maxima}.items()} | {"grad_norm": norms[0]}
+    shortage = {"out_of_memory": float(times)} if times else {}
+    return {name: float(value) for name, value in {**means, **maxima}.items()} | {"grad_norm": norms[0]} | shortage
 
 
 class Ahead:
@@ -65,12 +70,19 @@ class Ahead:
 
     def look(self, batch: Batch, *, token_budget: int, forward: Callable[[Batch], Outputs] | None = None) -> Outputs:
         """What `observe` says of a minibatch that is learnt from next. forward: a pass that says more."""
-        forward = forward or self.forward
+        said, _ = fitted(lambda budget: self._look(batch, budget, forward or self.forward), token_budget, batch.smaller, self.forget)
+        return said
+
+    def _look(self, batch: Batch, token_budget: int, forward: Callable[[Batch], Outputs]) -> Outputs:
         first, *rest = batch.micro_batches(token_budget)
         outputs = forward(first)
         self.kept = first, outputs
         with torch.no_grad():
             return join([outputs, *(passed(micro, forward) for micro in rest)])
+
+    def forget(self) -> None:
+        """Let go of the first part."""
+        self.kept = None
 
     def __call__(self, batch: Batch) -> Outputs:
         kept, self.kept = self.kept, None  # for the first micro-batch after the look, and for nothing else
