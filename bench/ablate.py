@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bench.compare import Bench, Timed, machine, peak_of, versions
+from bench.compare import Bench, Timed, machine, versions
 from bench.link import Worker
 from bench.works import TUNED_ALLOCATOR, WORKS, Setting, Work
 
@@ -230,9 +230,7 @@ def ablated(bench: Bench, name: str, work: Work, n: int) -> dict[str, Any]:
                 sides.append((worker, Timed.of(ready, first)))
             for i in range(n):
                 for worker, timed in sides if i % 2 == 0 else reversed(sides):
-                    reply = worker.ask("step")
-                    timed.seconds.append(reply["seconds"])
-                    timed.peak = max(timed.peak, peak_of(reply))
+                    timed.add(worker.ask("step"))
         finally:
             for worker, _ in sides:
                 worker.close()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Timed:
     loaded: int
     bare: int
     first: dict[str, float]
+    parts: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, ready: Reply, first: Reply) -> Timed:
@@ -70,8 +71,24 @@ class Timed:
         on_gpu = "gpu_peak_bytes" in first
         return cls([], peak_of(first), 0 if on_gpu else ready["loaded_bytes"], 0 if on_gpu else ready["bare_bytes"], first["metrics"])
 
+    def add(self, reply: Reply) -> None:
+        """A step that counts; where it says what its time went into (`time/...`), that too."""
+        self.seconds.append(reply["seconds"])
+        self.peak = max(self.peak, peak_of(reply))
+        for name, seconds in reply["metrics"].items():
+            if name.startswith("time/"):
+                self.parts.setdefault(name.removeprefix("time/"), []).append(seconds)
+
     def as_json(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "peak_bytes": self.peak, "loaded_bytes": self.loaded, "bare_bytes": self.bare, "first": self.first}
+        parts = {"parts": self.parts} if self.parts else {}
+        return {
+            **parts,
+            "seconds": self.seconds,
+            "peak_bytes": self.peak,
+            "loaded_bytes": self.loaded,
+            "bare_bytes": self.bare,
+            "first": self.first,
+        }
 
 
 class Bench:
@@ -216,9 +233,7 @@ class Bench:
                     sides[name].ask("step")
             for i in range(n):
                 for name in ("ours", "peer") if i % 2 == 0 else ("peer", "ours"):
-                    reply, timed = sides[name].ask("step"), replies[name]
-                    timed.seconds.append(reply["seconds"])
-                    timed.peak = max(timed.peak, peak_of(reply))
+                    replies[name].add(sides[name].ask("step"))
                 ceilings.append(gauge.ask("measure", device=self.device))
                 self.say(f"  round {i + 1}: ours {replies['ours'].seconds[-1]:.2f} s, {work.peer} {replies['peer'].seconds[-1]:.2f} s")
         finally:
@@ -300,6 +315,9 @@ def figures(work: Work, steps: list[list[Row]], ours: Timed, theirs: Timed, ceil
         bounds = [flops.step(shape, work, rows) / g for rows, g in zip(steps, gemm, strict=True)]
     tokens = [work.rows * work.responses * work.new if work.generates else plain_tokens(rows) for rows in steps]
     ratios = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
+    learnt = [a + b for a, b in zip(ours.parts.get("observe", ()), ours.parts.get("update", ()), strict=True)]
+    needed = [flops.learning(shape, work, rows) / g for rows, g in zip(steps, gemm, strict=True)] if learnt else []
+    learning = {"share_of_ceiling_learning": statistics.median(a / b for a, b in zip(needed, learnt, strict=True))} if learnt else {}
     return {
         "work": work.name,
         "peer": work.peer,
@@ -308,6 +326,7 @@ def figures(work: Work, steps: list[list[Row]], ours: Timed, theirs: Timed, ceil
         "n": len(ratios),
         "spread": [min(ratios), max(ratios)],
         "share_of_ceiling": statistics.median(bound / s for bound, s in zip(bounds, ours.seconds, strict=True)),
+        **learning,
         "peer_share_of_ceiling": statistics.median(bound / s for bound, s in zip(bounds, theirs.seconds, strict=True)),
         "tokens_per_second": statistics.median(t / s for t, s in zip(tokens, ours.seconds, strict=True)),
         "peer_tokens_per_second": statistics.median(t / s for t, s in zip(tokens, theirs.seconds, strict=True)),

@@ -84,10 +84,14 @@ def step(shape: Shape, work: Work, rows: list[Row]) -> float:
         return (3 + work.reference) * policy
     if work.kind == "decode":
         return policy
-    critic = forward(shape, rows, head=False)
-    learnt, scored = 3 * critic, forward(shape, rows, head=False, last=True)  # values come with the critic's first pass
-    scorers = learnt + scored if work.kind == "ppo" else 0.0
-    return (1 + 3 + work.reference) * policy + scorers
+    scored = forward(shape, rows, head=False, last=True) if work.kind == "ppo" else 0.0
+    return policy + scored + learning(shape, work, rows)
+
+
+def learning(shape: Shape, work: Work, rows: list[Row]) -> float:
+    """Operations of what follows sampling and scoring: the looks of reference, policy and critic, and the updates that begin with them."""
+    policy, critic = forward(shape, rows), forward(shape, rows, head=False)
+    return (3 + work.reference) * policy + (3 * critic if work.kind == "ppo" else 0.0)
 
 
 def decode_bound(shape: Shape, rows: list[Row], *, gemm: float, bandwidth: float, element: int = 2) -> float:

@@ -90,6 +90,11 @@ def test_a_shared_prompt_and_an_absent_reference_are_not_paid() -> None:
     assert flops.forward(SHAPE, apart) - flops.forward(SHAPE, pair) == pytest.approx(saved)
     assert flops.step(SHAPE, DPO, pair) == pytest.approx(4 / 3 * flops.step(SHAPE, WORKS["dpo-precomputed"], pair))
     assert flops.step(SHAPE, WORKS["rloo"], pair) > flops.step(SHAPE, WORKS["grpo"], pair)
+    sampled = flops.forward(SHAPE, pair)
+    assert flops.step(SHAPE, WORKS["grpo"], pair) == pytest.approx(sampled + 3 * sampled)
+    assert flops.learning(SHAPE, WORKS["rloo"], pair) == pytest.approx(4 * sampled)
+    critic = flops.forward(SHAPE, pair, head=False)
+    assert flops.learning(SHAPE, WORKS["ppo"], pair) == pytest.approx(4 * sampled + 3 * critic)
 
 
 def test_the_decode_bound_is_reading_or_computing_whichever_is_longer() -> None:
