@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from glob import escape
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -32,21 +29,17 @@ import yaml
 
 from trimtab import snapshot
 from trimtab.errors import RunError, TrimtabError
+from trimtab.runs import aside
+from trimtab.runs.aside import LOCK, Aside
 
 if TYPE_CHECKING:
     from trimtab.protocols import Tracker
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 STREAMS = ("metrics", "samples", "events")
-LOCK, FRESH = ".lock", ".config.yaml"
-BARE = {LOCK, FRESH, "config.yaml", "checkpoints", "failures", "tensorboard", "wandb", "mlflow", *(f"{stream}.jsonl" for stream in STREAMS)}
+FRESH = ".config.yaml"
+"""How the names of recipes begin that are being written."""
+BARE = {LOCK, "config.yaml", "checkpoints", "failures", "tensorboard", "wandb", "mlflow", *(f"{stream}.jsonl" for stream in STREAMS)}
 """What lies in the folder of a run that has begun and done nothing yet."""
-ASIDE, DROPPED = "replaced", "dropped"
-"""What the folders beside a run are called: an earlier one, set aside until the new one has taken a step; one that is being removed."""
 
 
 class RunDirectory:
@@ -60,8 +53,7 @@ class RunDirectory:
         self.path = path
         self.trackers: list[Tracker] = []
         self._files: dict[str, IO[str]] = {}
-        self._aside: Path | None = None  # the run this one replaces, until it has taken a step
-        self._aside_held: IO[str] | None = None  # its lock: whoever can take that knows that this process is no more
+        self._aside: Aside | None = None  # the run this one replaces, until it has taken a step
         self._stepped = False
         self._held: IO[str] | None = None
 
@@ -106,7 +98,8 @@ class RunDirectory:
         finally:
             if not run._files:
                 run._unlock()
-                run._let_go()
+                if run._aside is not None:
+                    run._aside.let_go()
 
     @classmethod
     def recover(cls, path: str | Path) -> None:
@@ -223,8 +216,8 @@ class RunDirectory:
 
     def _lock(self) -> None:
         """Hold the folder for this process. Raises RunError if another one does."""
-        held = locked(self.path)
-        if held is None and fcntl is not None:
+        held = aside.locked(self.path)
+        if held is None and aside.LOCKS:
             raise RunError("another process works on this run", where=str(self.path), fix="wait for it, or choose another output")
         self._held = held
 
@@ -255,9 +248,8 @@ class RunDirectory:
 
     def _describe(self, config_yaml: str) -> None:
         """Write the recipe, in one step: a folder that has it is a run."""
-        fresh = self.path / FRESH
-        fresh.write_text(config_yaml, encoding="utf-8")
-        os.replace(fresh, self.path / "config.yaml")
+        with snapshot.new_file(self.path / "config.yaml") as file:
+            file.write(config_yaml)
 
     def _hardly_begun(self) -> bool:
         """Whether nothing is here, or only what a process leaves that is ended before there is a recipe."""
@@ -265,7 +257,7 @@ class RunDirectory:
         return all(
             not any(path.iterdir())
             if path.name == "checkpoints" and path.is_dir()
-            else path.name == FRESH or (path.name in empty and path.is_file() and not path.stat().st_size)
+            else path.name.startswith(FRESH) or (path.name in empty and path.is_file() and not path.stat().st_size)
             for path in self.path.iterdir()
         )
 
@@ -275,57 +267,40 @@ class RunDirectory:
         if not overwrite:
             raise RunError("this folder already holds a run", where=str(self.path), fix="choose another output, or add --overwrite")
         self._lock()
-        aside = self.path.with_name(f".{self.path.name}-{ASIDE}-{os.getpid()}")
-        self.path.rename(aside)
-        self._aside, self._aside_held, self._held = aside, self._held, None
+        self._aside, self._held = Aside.set(self.path, self._held), None
 
     def _adopt(self) -> None:
         """Where this run has done nothing yet: the run that it was to replace, and still is."""
-        for left in self._left():
+        for left in aside.left(self.path):
             if self._aside is None and self._nothing_done():
-                self._aside, self._aside_held = left.path, left._held
+                self._aside = left
             else:
-                left._said_where()
+                left.keep()
 
     def _recover(self, *, begun: bool) -> None:
         """Bring back a run that was set aside by a process that is no more. begun: also where the new one has a recipe, but no step.
 
         Where the new one has done something, both are kept, and it is said where.
         """
-        for dropped in self.path.parent.glob(f".{escape(self.path.name)}-{DROPPED}-*"):
-            shutil.rmtree(dropped, ignore_errors=True)
-        for left in self._left():
+        aside.sweep(self.path)
+        for left in aside.left(self.path):
             there = self.path.exists() and not self._hardly_begun()
             if there and not (begun and self._nothing_done()):
                 if begun:
-                    left._said_where()
-                left._unlock()
+                    left.keep()
+                left.let_go()
                 continue
             if self.path.exists():
                 self._lock()
                 self._unlock()
-            self._aside, self._aside_held = left.path, left._held
-            self._bring_back()
+            left.bring_back()
             said = "a run that was to replace the one here was ended before its first step: the earlier one is back"
             print(f"{self.path}: {said}", file=sys.stderr)
-
-    def _left(self) -> Iterator[RunDirectory]:
-        """The runs that were set aside for one here by processes that are no more, newest first; each is locked."""
-        found = [path for path in self.path.parent.glob(f".{escape(self.path.name)}-{ASIDE}-*") if (path / "config.yaml").is_file()]
-        for path in sorted(found, key=lambda path: path.stat().st_ctime, reverse=True):
-            left = RunDirectory(path)
-            left._held = locked(path)
-            if left._held is not None:
-                yield left
-
-    def _said_where(self) -> None:
-        print(f"{self.path}: an earlier run, which was to be replaced; it is kept until you remove it", file=sys.stderr)
-        self._unlock()
 
     def _nothing_done(self) -> bool:
         """Whether this run has begun, and done nothing that would be missed."""
         return (
-            all(path.name in BARE for path in self.path.iterdir())
+            all(path.name in BARE or path.name.startswith(FRESH) for path in self.path.iterdir())
             and not any(step for step in snapshot.steps(self.path / "checkpoints"))
             and not any(path.exists() and path.stat().st_size for path in (self.path / "metrics.jsonl", self.path / "samples.jsonl"))
             and not any(event["event"] == "finished" for event in self.events())
@@ -333,27 +308,13 @@ class RunDirectory:
 
     def _bring_back(self) -> None:
         if self._aside is not None:
-            if (self.path / "failures").is_dir():  # what the error that ends this run speaks of
-                shutil.rmtree(self._aside / "failures", ignore_errors=True)
-                (self.path / "failures").rename(self._aside / "failures")
-            if self.path.exists():
-                _drop(self.path, self.path.name, keep=self._aside)
-            else:
-                self._aside.rename(self.path)
+            self._aside.bring_back()
             self._aside = None
-            self._let_go()
 
     def _drop_aside(self) -> None:
         if self._aside is not None:
-            with suppress(OSError):  # it stays where it is, and the next start says so
-                _drop(self._aside, self.path.name)
+            self._aside.drop()
             self._aside = None
-            self._let_go()
-
-    def _let_go(self) -> None:
-        if self._aside_held is not None:
-            self._aside_held.close()
-            self._aside_held = None
 
     def _tell(self, message: Callable[[Tracker], None]) -> None:
         """Pass a message on. A tracker that fails (no network, a full disk) is left out from then on; the run goes on."""
@@ -388,28 +349,6 @@ class RunDirectory:
                 if number < len(lines):  # what follows the last newline is a killed run's torn line
                     raise RunError("not valid JSON", where=f"{path}:{number}", fix="remove the damaged line") from None
         return rows
-
-
-def locked(folder: Path) -> IO[str] | None:
-    """A folder's lock, held until it is closed or the process ends; None where another process holds it (or there are no locks)."""
-    if fcntl is None:
-        return None
-    held = (folder / LOCK).open("w")
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        held.close()
-        return None
-    return held
-
-
-def _drop(folder: Path, name: str, *, keep: Path | None = None) -> None:
-    """Remove a folder, which loses its name first: what an end in the middle leaves is not mistaken for a run. keep: takes its place."""
-    nameless = folder.with_name(f".{name}-{DROPPED}-{time.time_ns()}")
-    folder.rename(nameless)
-    if keep is not None:
-        keep.rename(folder)
-    shutil.rmtree(nameless, ignore_errors=True)
 
 
 def _plain(value: Any) -> Any:
