@@ -151,9 +151,13 @@ ROLLOUT = ("micro_batch_tokens=700", "sampling.max_tokens=64", "prompts_per_step
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["sft", "sft with an adapter", "reward", "dpo", "grpo", "ppo, critic of its own"])
 def test_peak_and_step_time_are_what_a_run_really_takes(kind: str, place: Path) -> None:
-    """Memory within 15 %, time within 30 %, of a run in a process of its own."""
+    """Memory within 15 %, time within 30 %, of a run in a process of its own.
+
+    Two plans, before the run and after it, tell whether the machine has kept its speed; if not, all three are repeated.
+    """
     small = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
     tiny.folder(place / "model", scale=1.0, **small)
     rows = {
@@ -163,20 +167,26 @@ def test_peak_and_step_time_are_what_a_run_really_takes(kind: str, place: Path) 
     for name, row in rows.items():
         (place / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{i} ", **row}) + "\n" for i in range(64)))
     more = ROLLOUT if kind.startswith(("grpo", "ppo")) else SUPERVISED
-    words = resuming.command(kind, "run", *more, "model.device=cpu")
-    code = "import sys; from trimtab.cli import main; main(sys.argv[1:]); print([l for l in open('/proc/self/status') if 'VmHWM' in l][0])"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, env=environment)
-    peak = 1024 * int(done.stdout.rsplit("VmHWM:", 1)[1].split()[0])
     ask = (
         "import sys, json; from trimtab.cli import _config_of; from trimtab.config import load_recipe; "
         "from trimtab.stages.plan import plan; "
-        "made = plan(load_recipe(_config_of(sys.argv[1]), None, sys.argv[2:])); print(json.dumps([made.peak, made.seconds, made.memory]))"
+        "made = plan(load_recipe(_config_of(sys.argv[1]), None, sys.argv[2:])); print(json.dumps([made.peak, sum(made.seconds.values())]))"
     )
-    asked = subprocess.run([sys.executable, "-c", ask, *words], capture_output=True, text=True, check=True, env=environment)
-    said, seconds, _ = json.loads(asked.stdout.splitlines()[-1])
-    steps = sorted(row["time/step"] for row in RunDirectory.open(place / "run").metrics()[1:])
-    took = steps[len(steps) // 2]
-    print(f"{kind}: peak {said / 2**20:.0f} of {peak / 2**20:.0f} MiB, step {sum(seconds.values()):.3g} of {took:.3g} s")
+    code = "import sys; from trimtab.cli import main; main(sys.argv[1:]); print([l for l in open('/proc/self/status') if 'VmHWM' in l][0])"
+
+    def python(code: str, words: list[str]) -> str:
+        return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, env=environment).stdout
+
+    for attempt in range(4):
+        words = resuming.command(kind, f"run{attempt}", *more, "model.device=cpu")
+        said, before = json.loads(python(ask, words).splitlines()[-1])
+        peak = 1024 * int(python(code, words).rsplit("VmHWM:", 1)[1].split()[0])
+        _, after = json.loads(python(ask, words).splitlines()[-1])
+        steps = sorted(row["time/step"] for row in RunDirectory.open(place / f"run{attempt}").metrics()[1:])
+        took = steps[len(steps) // 2]
+        print(f"{kind}: peak {said / 2**20:.0f} of {peak / 2**20:.0f} MiB, step {before:.3g} and {after:.3g} of {took:.3g} s")
+        if max(before, after) < 1.15 * min(before, after):
+            break
     assert said == pytest.approx(peak, rel=0.15)
-    assert sum(seconds.values()) == pytest.approx(took, rel=0.3)
+    assert (before + after) / 2 == pytest.approx(took, rel=0.3)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import resuming
 import tiny
+from servers import Answer, Server, lengths, serving
 from trimtab.algorithms import ALGORITHMS
+from trimtab.cli import main
 from trimtab.config import load_recipe
 from trimtab.errors import RewardError
 from trimtab.stages.overlap import Begun, Overlap
@@ -152,3 +157,34 @@ def test_rejection_chooses_among_what_could_be_scored(place: Path) -> None:
     assert [row["reward/failed_fraction"] * 12 for row in tracker.metrics] == [row["reward/failures"] for row in tracker.metrics]
     assert tracker.metrics[0]["reward/failures"] > 0
     assert any(kind == "reward failed" for kind, _ in tracker.events)
+
+
+@pytest.mark.slow
+def test_a_run_waits_for_a_server_that_is_down_for_twenty_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resuming.prepare(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    back: list[Server] = []
+
+    def outage() -> None:
+        server.close()
+        time.sleep(20)
+        back.append(Server(lengths, server.port))
+
+    def gone_after_three(asked: dict[str, Any]) -> Answer:
+        if len(server.asked) == 3:
+            threading.Thread(target=outage).start()
+        return lengths(asked)
+
+    def command(output: str, port: int) -> list[str]:
+        url = [f"reward.url=http://127.0.0.1:{port}", "reward.patience=60"]
+        return [word for word in resuming.command("ppo", output) if word != resuming.LETTERS] + url
+
+    with serving() as undisturbed:
+        assert main(command("whole", undisturbed.port)) == 0
+    server, began = Server(gone_after_three), time.monotonic()
+    assert main(command("waited", server.port)) == 0
+    assert time.monotonic() - began > 20
+    assert len(back) == 1
+    assert back[0].asked
+    back[0].close()
+    assert resuming.outcome(tmp_path / "waited") == resuming.outcome(tmp_path / "whole")
