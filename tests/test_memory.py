@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -32,22 +33,15 @@ def at_most(more: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def test_sizes_are_halved_until_one_fits() -> None:
-    tried, undone = [], []
-
-    def work(size: int) -> Any:
-        tried.append(size)
-        return torch.empty(size * 2**30, dtype=torch.uint8).shape[0]  # GiB of address space, never touched
-
-    with at_most(3 * 2**30):
-        assert fitted(work, 16, lambda size: size // 2, lambda: undone.append(1)) == (2 * 2**30, 3)
-    assert tried == [16, 8, 4, 2]
-    assert len(undone) == 3
+def test_sizes_are_halved_until_one_fits(tmp_path: Path) -> None:
+    found = alone("sizes", tmp_path)
+    assert found["tried"] == [16, 8, 4, 2]
+    assert found["fitted"] == [2 * 2**30, 3]
+    assert found["undone"] == 3
 
 
-def test_the_smallest_size_is_an_error_that_says_what_to_do() -> None:
-    with at_most(2**30), pytest.raises(ResourceError, match=r"memory has run out.*(\n.*)*fix: .*trimtab plan"):
-        fitted(lambda size: torch.empty(size * 2**30, dtype=torch.uint8), 4, lambda size: size // 2 if size > 2 else None)
+def test_the_smallest_size_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    assert re.match(r"memory has run out: .*allocate.*\n  fix: .*trimtab plan", alone("sizes", tmp_path)["error"])
 
 
 @pytest.mark.parametrize(
@@ -78,6 +72,31 @@ def test_the_command_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 # The rest runs in a process of its own, as `python test_memory.py WHAT`, because a heap that has once been large no longer asks for memory.
+
+
+def alone(name: str, place: Path) -> Any:
+    """What `main` finds out in a process of its own."""
+    out = place / "found.json"
+    subprocess.run([sys.executable, __file__, name, str(out)], check=True)
+    return json.loads(out.read_text())
+
+
+def sizes() -> dict[str, Any]:
+    """Allocations by the GiB, of address space alone."""
+    tried, undone = [], []
+
+    def work(size: int) -> int:
+        tried.append(size)
+        return len(torch.empty(size * 2**30, dtype=torch.uint8))
+
+    with at_most(3 * 2**30):
+        found = fitted(work, 16, lambda size: size // 2, lambda: undone.append(1))
+        try:
+            fitted(lambda size: torch.empty(size * 2**30, dtype=torch.uint8), 16, lambda size: size // 2 if size > 8 else None)
+            error = ""
+        except ResourceError as caught:
+            error = str(caught)
+    return {"tried": tried, "fitted": found, "undone": len(undone), "error": error}
 
 
 def batch() -> Any:
@@ -143,9 +162,7 @@ WORKS: dict[str, Callable[[], dict[str, Any]]] = {"learnt": learnt, "looked": lo
 
 @pytest.mark.parametrize("name", WORKS)
 def test_the_mathematics_is_the_same_in_less_memory(name: str, tmp_path: Path) -> None:
-    out = tmp_path / "found.json"
-    subprocess.run([sys.executable, __file__, name, str(out)], check=True)
-    short, plenty, asked = json.loads(out.read_text())
+    short, plenty, asked = alone(name, tmp_path)
     assert asked, "everything fitted at once"
     if name == "sampled":
         assert short["numbers"] == plenty["numbers"]
@@ -159,6 +176,9 @@ def test_the_mathematics_is_the_same_in_less_memory(name: str, tmp_path: Path) -
 def main(name: str, out: str) -> None:
     from trimtab import memory
 
+    if name == "sizes":
+        Path(out).write_text(json.dumps(sizes()))
+        return
     torch.set_num_threads(1)
     tried: list[str] = []
     ran = memory.ran_out
