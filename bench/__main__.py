@@ -92,7 +92,7 @@ def settings() -> dict[str, Any]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="three works, smaller steps, two rounds, about three minutes, results in build/bench/quick"
+        "--quick", action="store_true", help="three works, smaller steps, two rounds, under three minutes, results in build/bench/quick"
     )
     parser.add_argument("--table", action="store_true", help="measure nothing: show the rows that were measured earlier")
     parser.add_argument("--work", nargs="+", choices=list(WORKS), help="which rows (all)")
