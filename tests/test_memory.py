@@ -19,6 +19,7 @@ import torch
 from trimtab import cli
 from trimtab.errors import ResourceError
 from trimtab.memory import fitted, ran_out
+from trimtab.stages.policy_metrics import merged
 
 
 @contextmanager
@@ -63,6 +64,13 @@ def test_what_is_taken_for_a_shortage(error: Exception, memory: bool) -> None:
 
         with pytest.raises(type(error), match=str(error)):
             fitted(work, 4, lambda size: size // 2)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_shortage_in_one_of_a_steps_updates_is_counted(first: bool) -> None:
+    rows = [{"policy/loss": 1.0, "policy/out_of_memory": 2.0}, {"policy/loss": 3.0}]
+    found = merged(rows if first else rows[::-1])
+    assert found == {"policy/loss": 2.0, "policy/out_of_memory": 2.0, "progress/updates": 2.0}
 
 
 def test_the_command_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

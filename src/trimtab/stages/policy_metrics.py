@@ -63,8 +63,9 @@ def sample_rows(rollout: Rollout) -> list[dict[str, Any]]:
 
 
 def merged(history: list[dict[str, float]]) -> dict[str, float]:
-    """One step's inner updates as one row: means, extremes, and what the very first update saw."""
-    merged = {name: sum(row[name] for row in history) / len(history) for name in history[0]}
+    """One step's inner updates as one row: means, extremes, what the very first update saw, and how often memory ran out in any."""
+    short = {name: sum(row.get(name, 0.0) for row in history) for row in history for name in row if name.endswith("/out_of_memory")}
+    merged = {name: sum(row[name] for row in history) / len(history) for name in history[0] if name not in short} | short
     if "policy/ratio_max" in merged:
         merged["policy/ratio_max"] = max(row["policy/ratio_max"] for row in history)
         merged["policy/ratio_min"] = 1 / max(row["policy/ratio_inverse_max"] for row in history)
