@@ -110,10 +110,18 @@ def whole_logits() -> None:
     logprobs.PART_BYTES = logprobs.SLICE_ELEMENTS = 2**62
 
 
+def part_by_part() -> None:
+    """Every product, norm and gate of a layer is an operation of its own."""
+    from trimtab.models import fused
+
+    fused._parameters = lambda layer: None
+
+
 def sdpa() -> None:
-    """torch's scaled_dot_product_attention over the whole packed sequence, with a mask."""
+    """torch's scaled_dot_product_attention over the whole packed sequence, with a mask (and so layers part by part)."""
     import torch
 
+    part_by_part()
     from trimtab.models.packed import Layout
 
     def attend(self: Any, layer: int, query: Any, key: Any, value: Any, settings: Any) -> Any:
@@ -195,6 +203,7 @@ SWITCHES = {
         BOTH,
         environment={**TUNED_ALLOCATOR, "TRIMTAB_KERNELS": "off"},
     ),
+    "layers as a whole": Switch("a layer is one operation with few calls, its sums added inside products", PAIRS, part_by_part),
     "matrix products of our own": Switch("linear layers and head by panels, gradients added up in float32", PAIRS, products_of_torch),
     "weights in halves": Switch("bfloat16 weights are the upper halves of their float32 values, one pass a step", PAIRS, masters),
     "look is the first pass": Switch("the look at a rollout is the first forward pass of its update", ("grpo",), look_apart),

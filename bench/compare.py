@@ -46,6 +46,9 @@ vocabulary) and, loosely, their entropy.
 """
 
 
+SUSTAINED = 1.0
+"""Seconds for which products alone are made between rounds, to know what the machine keeps up."""
+
 WARM_UP = 2
 """Steps of each side before any time counts: the first takes its memory from the system page by page, the second what it lacks."""
 
@@ -234,7 +237,7 @@ class Bench:
             for i in range(n):
                 for name in ("ours", "peer") if i % 2 == 0 else ("peer", "ours"):
                     replies[name].add(sides[name].ask("step"))
-                ceilings.append(gauge.ask("measure", device=self.device))
+                ceilings.append(gauge.ask("measure", device=self.device, sustained=SUSTAINED))
                 self.say(f"  round {i + 1}: ours {replies['ours'].seconds[-1]:.2f} s, {work.peer} {replies['peer'].seconds[-1]:.2f} s")
         finally:
             for worker in sides.values():
@@ -313,6 +316,11 @@ def figures(work: Work, steps: list[list[Row]], ours: Timed, theirs: Timed, ceil
         ]
     else:
         bounds = [flops.step(shape, work, rows) / g for rows, g in zip(steps, gemm, strict=True)]
+    sustained: dict[str, float] = {}
+    if work.kind != "decode" and all("gemm_bfloat16_sustained" in c for c in ceilings):
+        rates = [flops.step(shape, work, rows) / s for rows, s in zip(steps, ours.seconds, strict=True)]
+        kept_up = [c["gemm_bfloat16_sustained"] for c in ceilings]
+        sustained["share_of_sustained"] = statistics.median(rate / g for rate, g in zip(rates, kept_up, strict=True))
     tokens = [work.rows * work.responses * work.new if work.generates else plain_tokens(rows) for rows in steps]
     ratios = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
     learnt = [a + b for a, b in zip(ours.parts.get("observe", ()), ours.parts.get("update", ()), strict=True)]
@@ -326,6 +334,7 @@ def figures(work: Work, steps: list[list[Row]], ours: Timed, theirs: Timed, ceil
         "n": len(ratios),
         "spread": [min(ratios), max(ratios)],
         "share_of_ceiling": statistics.median(bound / s for bound, s in zip(bounds, ours.seconds, strict=True)),
+        **sustained,
         **learning,
         "peer_share_of_ceiling": statistics.median(bound / s for bound, s in zip(bounds, theirs.seconds, strict=True)),
         "tokens_per_second": statistics.median(t / s for t, s in zip(tokens, ours.seconds, strict=True)),

@@ -35,8 +35,8 @@ def tokenizer(chat: bool = False) -> Any:
 
 
 def config(architecture: str, **changes: Any) -> Any:
-    """The configuration of a tiny model: "llama", "qwen3", "gemma3" or "gpt2"."""
-    from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3Config
+    """The configuration of a tiny model: "llama", "mistral", "qwen2", "qwen3", "gemma3" or "gpt2"."""
+    from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
     special: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
     common: dict[str, Any] = {
@@ -45,6 +45,11 @@ def config(architecture: str, **changes: Any) -> Any:
     }  # fmt: skip
     if architecture == "llama":
         return LlamaConfig(**{**common, "tie_word_embeddings": True, **changes})
+    if architecture == "mistral":
+        return MistralConfig(**{**common, "sliding_window": 5, **changes})
+    if architecture == "qwen2":
+        own = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+        return Qwen2Config(**{**common, **own, **changes})
     if architecture == "qwen3":
         return Qwen3Config(**{**common, "head_dim": 16, **changes})
     if architecture == "gemma3":

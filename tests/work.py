@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from trimtab.kernels import products
 from trimtab.types import Group
 
-PRODUCTS = ("forward", "input_gradient", "add_weight_gradient")
+PRODUCTS = ("forward", "input_gradient", "add_weight_gradients")
 
 
 class Work(TorchDispatchMode):
@@ -47,11 +47,13 @@ class Work(TorchDispatchMode):
             setattr(products, name, do)
 
     def _counting(self, product: Callable[..., Any]) -> Callable[..., Any]:
-        """A product of our own, counted: of rows, and of a weight or its gradient."""
+        """A product of our own, counted: of rows, or of a list of them, and of weights or their gradients."""
 
-        def counted(rows: torch.Tensor, *others: Any) -> Any:
-            weight = others[1] if product is self.plain["add_weight_gradient"] else others[0]
-            self._add(2 * len(rows) * weight.numel(), {*rows.shape, *weight.shape})
+        def counted(rows: torch.Tensor | list[torch.Tensor], *others: Any) -> Any:
+            weights = others[1] if product is self.plain["add_weight_gradients"] else others[0]
+            count = len(rows) if isinstance(rows, torch.Tensor) else len(rows[0])
+            for weight in weights:
+                self._add(2 * count * weight.numel(), set(weight.shape))
             return product(rows, *others)
 
         return counted

@@ -56,6 +56,10 @@ class _Problem(ctypes.Structure):
     )
 
 
+Settings = tuple[float, int | None, float | None]
+"""Scale of the scores, sliding window, tanh soft cap of the scores (None: without)."""
+
+
 def usable(query: Float[Tensor, "n heads dim"]) -> bool:
     """Whether the kernel can read these queries."""
     return query.shape[-1] % 16 == 0 and kernels.serves(query)
@@ -71,34 +75,57 @@ def attention(
     softcap: float | None,
 ) -> Float[Tensor, "n heads dim"]:
     """softmax(scale q k^T + mask) v; scores and sums in float32."""
-    return _Attention.apply(query, key, value, sequences, scale, window or 0, softcap or 0.0)  # type: ignore[no-any-return, no-untyped-call]
+    return _Attention.apply(query, key, value, sequences, (scale, window, softcap))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def forward(
+    query: Float[Tensor, "n heads dim"],
+    key: Float[Tensor, "n kv_heads dim"],
+    value: Float[Tensor, "n kv_heads dim"],
+    sequences: Sequences,
+    settings: Settings,
+) -> tuple[Float[Tensor, "n heads dim"], Float[Tensor, "heads n"]]:
+    """Attention without a gradient, of tensors with a token's heads side by side; and the log of each query's sum of exp(scores)."""
+    out, lse = torch.empty(query.shape, dtype=query.dtype), torch.empty(query.shape[1], query.shape[0])
+    problem = _problem(query, key, value, sequences, settings)
+    kernels.checked(kernels.loaded().attention_forward(ctypes.byref(problem), kernels.address(out), kernels.address(lse)))
+    return out, lse
+
+
+def gradients(
+    grad: Float[Tensor, "n heads dim"],
+    query: Float[Tensor, "n heads dim"],
+    key: Float[Tensor, "n kv_heads dim"],
+    value: Float[Tensor, "n kv_heads dim"],
+    lse: Float[Tensor, "heads n"],
+    sequences: Sequences,
+    settings: Settings,
+) -> list[Tensor]:
+    """Gradients of query, key and value."""
+    found = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+    problem = _problem(query, key, value, sequences, settings)
+    stride, places = ctypes.c_long(grad.stride(0)), [kernels.address(x) for x in (lse, *found)]
+    kernels.checked(kernels.loaded().attention_backward(ctypes.byref(problem), kernels.address(grad), stride, *places))
+    return found
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *settings: float) -> Tensor:
-        q, k, v = (kernels.by_token(x) for x in (query, key, value))
-        out = torch.empty(q.shape, dtype=q.dtype)
-        lse = torch.empty(q.shape[1], q.shape[0])
-        problem = _problem(q, k, v, sequences, settings)
-        kernels.checked(kernels.loaded().attention_forward(ctypes.byref(problem), kernels.address(out), kernels.address(lse)))
-        ctx.save_for_backward(q, k, v, lse)
-        ctx.sequences, ctx.settings = sequences, settings
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, settings: Settings) -> Tensor:
+        query, key, value = (kernels.by_token(x) for x in (query, key, value))
+        out, lse = forward(query, key, value, sequences, settings)
+        ctx.save_for_backward(query, key, value, lse)
+        ctx.seen = sequences, settings
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        q, k, v, lse = ctx.saved_tensors
-        grad = kernels.by_token(grads[0])
-        found = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
-        problem = _problem(q, k, v, ctx.sequences, ctx.settings)
-        stride, places = ctypes.c_long(grad.stride(0)), [kernels.address(x) for x in (lse, *found)]
-        kernels.checked(kernels.loaded().attention_backward(ctypes.byref(problem), kernels.address(grad), stride, *places))
-        return (*found, None, None, None, None)
+        return (*gradients(kernels.by_token(grads[0]), *ctx.saved_tensors, *ctx.seen), None, None)
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, s: Sequences, settings: Sequence[float]) -> _Problem:
+def _problem(q: Tensor, k: Tensor, v: Tensor, s: Sequences, settings: Settings) -> _Problem:
     scale, window, softcap = settings
     sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], len(s.first) - 1)
     arrays = (kernels.address(x) for x in (s.first, s.starts, s.lengths))
-    return _Problem(*(x.data_ptr() for x in (q, k, v)), *(x.stride(0) for x in (q, k, v)), *sizes, *arrays, scale, softcap, int(window))
+    places = (*(x.data_ptr() for x in (q, k, v)), *(x.stride(0) for x in (q, k, v)))
+    return _Problem(*places, *sizes, *arrays, scale, softcap or 0.0, window or 0)

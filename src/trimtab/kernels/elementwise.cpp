@@ -43,9 +43,10 @@ void rms_norm_forward(const bf16* x, const bf16* w, float eps, int rows, int wid
     });
 }
 
-// With n = x * inverse and g = grad * w:  dx = inverse * (g - n mean(g n)),  dw = sum over rows of grad * n.
-// grad_w [blocks of 32 rows, width] holds the sums of each block, or is null.
-void rms_norm_backward(const bf16* x, const bf16* w, const float* inverse, const bf16* grad, int rows, int width, bf16* grad_x, float* grad_w) {
+// With n = x * inverse and g = grad * w:  dx = inverse * (g - n mean(g n)) + plus,  dw = sum over rows of grad * n.
+// plus [rows, width] may be null. grad_w [blocks of 32 rows, width] holds the sums of each block, or is null.
+void rms_norm_backward(const bf16* x, const bf16* w, const float* inverse, const bf16* grad, const bf16* plus, int rows, int width, bf16* grad_x,
+                       float* grad_w) {
     each_block(rows, [&](int block, int from, int to) {
         float* sums = grad_w ? grad_w + (long)block * width : nullptr;
         for (int d = 0; sums && d < width; d += LANES) _mm512_storeu_ps(sums + d, _mm512_setzero_ps());
@@ -61,7 +62,9 @@ void rms_norm_backward(const bf16* x, const bf16* w, const float* inverse, const
             const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(dot) / width);
             for (int d = 0; d < width; d += LANES) {
                 const __m512 n = _mm512_mul_ps(load(row + d), scale);
-                store(grad_x + (long)i * width + d, _mm512_mul_ps(scale, _mm512_fmsub_ps(load(g + d), load(w + d), _mm512_mul_ps(n, mean))));
+                const __m512 more = plus ? load(plus + (long)i * width + d) : _mm512_setzero_ps();
+                const __m512 pulled = _mm512_fmsub_ps(load(g + d), load(w + d), _mm512_mul_ps(n, mean));
+                store(grad_x + (long)i * width + d, _mm512_fmadd_ps(scale, pulled, more));
             }
         }
     });
@@ -77,7 +80,7 @@ void swiglu_forward(const bf16* gate, const bf16* up, int rows, int width, bf16*
     });
 }
 
-// dgate = grad up s (1 + gate (1 - s)),  dup = grad gate s,  with s = sigmoid(gate); and y once more.
+// dgate = grad up s (1 + gate (1 - s)),  dup = grad gate s,  with s = sigmoid(gate); and y once more, unless it is null.
 void swiglu_backward(const bf16* gate, const bf16* up, const bf16* grad, int rows, int width, bf16* grad_gate, bf16* grad_up, bf16* y) {
     const __m512 one = _mm512_set1_ps(1);
     each_block(rows, [&](int, int from, int to) {
@@ -87,7 +90,7 @@ void swiglu_backward(const bf16* gate, const bf16* up, const bf16* grad, int row
             const __m512 u = load(up + d);
             store(grad_gate + d, _mm512_mul_ps(_mm512_mul_ps(a, u), slope));
             store(grad_up + d, _mm512_mul_ps(a, silu));
-            store(y + d, _mm512_mul_ps(silu, u));
+            if (y) store(y + d, _mm512_mul_ps(silu, u));
         }
     });
 }

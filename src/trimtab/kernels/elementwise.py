@@ -29,57 +29,89 @@ def rotate(x: Float[Tensor, "n heads dim"], cos: Float[Tensor, "n dim"], sin: Fl
     return _Rotation.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def gated(gate: Float[Tensor, "*n width"], up: Float[Tensor, "*n width"]) -> Float[Tensor, "*n width"]:
-    """`swiglu` of contiguous tensors, without a gradient."""
+def norm(x: Float[Tensor, "rows width"], weight: Float[Tensor, " width"], eps: float) -> tuple[Tensor, Float[Tensor, " rows"]]:
+    """`rms_norm` of contiguous rows without a gradient, and what each row was multiplied by before the weight."""
+    out, inverse = torch.empty_like(x), torch.empty(len(x))
+    places = (kernels.address(x), kernels.address(weight), ctypes.c_float(eps), *x.shape)
+    kernels.loaded().rms_norm_forward(*places, kernels.address(out), kernels.address(inverse))
+    return out, inverse
+
+
+def norm_gradients(
+    x: Float[Tensor, "rows width"],
+    weight: Float[Tensor, " width"],
+    inverse: Float[Tensor, " rows"],
+    grad: Float[Tensor, "rows width"],
+    plus: Float[Tensor, "rows width"] | None,
+    by_weight: bool,
+) -> tuple[Float[Tensor, "rows width"], Float[Tensor, " width"] | None]:
+    """plus + the gradient of the input of `norm`, and that of the weight if it is wanted, in float32."""
+    out = torch.empty_like(x)
+    sums = torch.empty(-(-len(x) // _BLOCK), x.shape[1]) if by_weight else None
+    places = (kernels.address(t) for t in (x, weight, inverse, grad, plus))
+    kernels.loaded().rms_norm_backward(*places, *x.shape, kernels.address(out), kernels.address(sums))
+    return out, None if sums is None else sums.sum(0)
+
+
+def gated(gate: Float[Tensor, "rows width"], up: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+    """`swiglu` of contiguous rows without a gradient."""
     out = torch.empty_like(gate)
-    rows, width = gate.numel() // gate.shape[-1], gate.shape[-1]
-    kernels.loaded().swiglu_forward(*(kernels.address(t) for t in (gate, up)), rows, width, kernels.address(out))
+    kernels.loaded().swiglu_forward(*(kernels.address(t) for t in (gate, up)), *gate.shape, kernels.address(out))
     return out
 
 
-def gate_gradients(gate: Float[Tensor, "*n width"], up: Float[Tensor, "*n width"], grad: Float[Tensor, "*n width"]) -> tuple[Tensor, ...]:
-    """Gradients of gate and up, and once more the product: [*n, width] each."""
-    found = tuple(torch.empty_like(gate) for _ in range(3))
-    rows, width = gate.numel() // gate.shape[-1], gate.shape[-1]
+def gate_gradients(
+    gate: Float[Tensor, "rows width"], up: Float[Tensor, "rows width"], grad: Float[Tensor, "rows width"], *, again: bool = False
+) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"]]:
+    """Gradients of gate and up. again: the product is written over the gradient that came in."""
+    found = torch.empty_like(gate), torch.empty_like(gate)
     places = [kernels.address(t) for t in (gate, up, grad)]
-    kernels.loaded().swiglu_backward(*places, rows, width, *(kernels.address(t) for t in found))
+    kernels.loaded().swiglu_backward(*places, *gate.shape, *(kernels.address(t) for t in (*found, grad if again else None)))
     return found
+
+
+def turned(
+    x: Float[Tensor, "n heads dim"],
+    cos: Float[Tensor, "n dim"],
+    sin: Float[Tensor, "n dim"],
+    *,
+    backward: bool = False,
+    out: Float[Tensor, "n heads dim"] | None = None,
+) -> Float[Tensor, "n heads dim"]:
+    """`rotate` without a gradient, or its transpose. out: where it is written, perhaps x itself."""
+    x = kernels.by_token(x)
+    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    tables = (kernels.address(cos), kernels.address(sin))
+    kernels.loaded().rotate(kernels.address(x), ctypes.c_long(x.stride(0)), *tables, *x.shape, int(backward), kernels.address(out))
+    return out
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x, weight = x.contiguous(), weight.contiguous()
-        rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        out, inverse = torch.empty_like(x), torch.empty(rows)
-        places = (kernels.address(x), kernels.address(weight), ctypes.c_float(eps), rows, width)
-        kernels.loaded().rms_norm_forward(*places, kernels.address(out), kernels.address(inverse))
-        ctx.save_for_backward(x, weight, inverse)
-        return out
+        rows, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
+        out, inverse = norm(rows, weight, eps)
+        ctx.save_for_backward(rows, weight, inverse)
+        return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        rows, width = len(inverse), x.shape[-1]
-        out = torch.empty_like(x)
-        sums = torch.empty(-(-rows // _BLOCK), width) if ctx.needs_input_grad[1] else None
-        places = (kernels.address(t) for t in (x, weight, inverse, grad))
-        kernels.loaded().rms_norm_backward(*places, rows, width, kernels.address(out), kernels.address(sums))
-        return out, None if sums is None else sums.sum(0).to(weight.dtype), None
+        rows, weight, inverse = ctx.saved_tensors
+        by_x, by_weight = norm_gradients(rows, weight, inverse, grads[0].reshape(rows.shape).contiguous(), None, ctx.needs_input_grad[1])
+        return by_x.view(grads[0].shape), None if by_weight is None else by_weight.to(weight.dtype), None
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        return gated(gate, up)
+        gates, ups = (x.reshape(-1, x.shape[-1]).contiguous() for x in (gate, up))
+        ctx.save_for_backward(gates, ups)
+        return gated(gates, ups).view(gate.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        gate, up = ctx.saved_tensors
-        return gate_gradients(gate, up, grads[0].contiguous())[:2]
+        gates, ups = ctx.saved_tensors
+        return tuple(x.view(grads[0].shape) for x in gate_gradients(gates, ups, grads[0].reshape(gates.shape).contiguous()))
 
 
 class _Rotation(torch.autograd.Function):
@@ -87,16 +119,8 @@ class _Rotation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, backward=False)
+        return turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return _turned(grads[0], *ctx.saved_tensors, backward=True), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
-    x = kernels.by_token(x)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    tables = (kernels.address(cos), kernels.address(sin))
-    kernels.loaded().rotate(kernels.address(x), ctypes.c_long(x.stride(0)), *tables, *x.shape, int(backward), kernels.address(out))
-    return out
+        return turned(grads[0], *ctx.saved_tensors, backward=True), None, None

@@ -17,22 +17,25 @@ def forward(
     logprobs: Float[Tensor, " rows"],
     norms: Float[Tensor, " rows"],
     entropies: Float[Tensor, " rows"] | None,
-    *,
-    keep: bool,
+    keep: Float[Tensor, " rows"] | None,
 ) -> None:
-    """Fill logprobs, norms = log sum_v exp(scale z_v) and entropies; with `keep`, write the probabilities over the logits."""
+    """Fill logprobs, norms = log sum_v exp(scale z_v) and entropies.
+
+    With `keep`, weights w are written over the logits, such that the probabilities are p = keep w.
+    """
     targets = targets.contiguous()
-    read = (kernels.address(logits), kernels.address(targets), ctypes.c_float(scale), *logits.shape, int(keep))
-    kernels.loaded().head_forward(*read, kernels.address(logprobs), kernels.address(norms), kernels.address(entropies))
+    read = (kernels.address(logits), kernels.address(targets), ctypes.c_float(scale), *logits.shape)
+    kernels.loaded().head_forward(*read, *map(kernels.address, (logprobs, norms, entropies, keep)))
 
 
 def backward(
     kept: Float[Tensor, "rows vocabulary"],
     targets: Int[Tensor, " rows"],
     logprobs: Float[Tensor, " rows"],
+    keep: Float[Tensor, " rows"],
     pull: Float[Tensor, " rows"],
     slope: float,
 ) -> None:
-    """Write slope pull (1[v = target] - p_v) over the probabilities."""
-    columns = [x.contiguous() for x in (targets, logprobs, pull)]  # held until the call is over
+    """Write slope pull (1[v = target] - keep w_v) over the weights that `forward` kept."""
+    columns = [x.contiguous() for x in (targets, logprobs, keep, pull)]  # held until the call is over
     kernels.loaded().head_backward(kernels.address(kept), *map(kernels.address, columns), ctypes.c_float(slope), *kept.shape)

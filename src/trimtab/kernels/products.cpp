@@ -1,70 +1,128 @@
-// The matrix products of a linear layer in bfloat16, summed in float32:
+// The matrix products of linear layers in bfloat16, summed in float32:
 //
 //     y = x W^T + b,    dx = g W,    dW += g^T x        x [rows, in], W [out, in], g [rows, out]; in and out are multiples of 16
 //
-// The right side lies in panels of 48 columns, which stay in the second-level cache while the rows of the left side pass by; tiles of
-// 8 x 48 sums stay in registers. An output is summed in one order, whatever the number of threads and of rows.
+// Layers that read the same rows are taken together: their outputs in one pass over x, the sum of their gradients in one over dx.
+//
+// The right side lies in panels of columns, which stay in the second-level cache while the rows of the left side pass by; tiles of sums
+// stay in registers. Outputs are made in rows of whole cache lines, so that threads do not take them from each other, and the weights
+// of a thread's next panel are fetched meanwhile. An output is summed in one order, whatever the number of threads and of rows.
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "vectors.h"
 
 namespace {
 
-constexpr int PANEL = 48, TILE = 8, DEPTH = 1024;  // columns of a panel, rows of a tile, pairs of rows of a panel that are laid at a time
-constexpr int ROWS = 512, STRIP = 96;              // rows of x, or columns of g, that are a thread's task
+constexpr int DEPTH = 1024;             // pairs of rows of a panel that are laid at a time
+constexpr int PANEL = 64, TILE = 6;     // outputs: columns of a panel, rows of a tile,
+constexpr int ROWS = 512;               // most rows of a task
+constexpr int WIDTH = 48, HEIGHT = 8;   // gradients of weights: the same,
+constexpr int STRIP = 96;               // most columns of g of a task
 
 thread_local Scratch scratch, shared_scratch;
 
-// f(constant number of vectors) for a panel of 16, 32 or 48 columns.
+// A layer [out, in], its bias (may be null), rows [rows, out] of what comes out, or of its gradient, and sums of the weight's gradient.
+struct Linear {
+    const bf16* weight;
+    const float* bias;
+    bf16* rows;
+    float* sums;
+    int out;
+};
+
+int panels_of(int columns) { return (columns + PANEL - 1) / PANEL; }
+
+// f(constant number of vectors) for a panel of 16, 32, 48 or 64 columns.
 template <typename F> void of_width(int width, F f) {
+    if (width == 64) f(std::integral_constant<int, 4>());
     if (width == 48) f(std::integral_constant<int, 3>());
     if (width == 32) f(std::integral_constant<int, 2>());
     if (width == 16) f(std::integral_constant<int, 1>());
 }
 
-// out [rows, columns] = left [rows, depth] right + start; lay(column, width, from, count, to) packs rows from .. of the right side.
-template <typename F> int multiply(const bf16* left, int rows, int depth, int columns, const float* start, bf16* out, F lay) {
-    const int panels = (columns + PANEL - 1) / PANEL, busy = (2 * omp_get_max_threads() + panels - 1) / panels;
-    const int chunks = std::max({1, (rows + ROWS - 1) / ROWS, std::min(busy, rows / 32)}), chunk = round_up((rows + chunks - 1) / chunks, TILE);
+// Runs f(first row, rows, panel, memory for the right side, for sums, this thread's next panel or -1) for all parts of the rows and all
+// panels; false if memory ran out.
+template <typename F> bool each_part(int rows, int panels, F f) {
+    const int busy = (2 * omp_get_max_threads() + panels - 1) / panels;
+    const int parts = std::max({1, (rows + ROWS - 1) / ROWS, std::min(busy, rows / 32)}), part = std::max(TILE, round_up((rows + parts - 1) / parts, TILE));
+    const int tasks = (rows + part - 1) / part * panels;
+    std::atomic<int> taken{0};
     bool failed = false;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int task = 0; task < chunks * panels; task++) {
-        const int row = task / panels * chunk, column = task % panels * PANEL;
-        const int count = std::min(chunk, rows - row), width = std::min(PANEL, columns - column);
-        if (count <= 0) continue;
-        try {
-            scratch.begin(Scratch::padded<uint32_t>((size_t)DEPTH * PANEL) + Scratch::padded<float>((size_t)chunk * PANEL));
-        } catch (const std::bad_alloc&) {
-#pragma omp atomic write
-            failed = true;
-            continue;
-        }
+#pragma omp parallel
+    try {
+        scratch.begin(Scratch::padded<uint32_t>((size_t)DEPTH * PANEL) + Scratch::padded<float>((size_t)part * PANEL));
         uint32_t* right = scratch.take<uint32_t>((size_t)DEPTH * PANEL);
-        float* sums = scratch.take<float>((size_t)chunk * PANEL);  // between two parts of the depth
-        for (int from = 0; from < depth; from += 2 * DEPTH) {
-            const int now = std::min(2 * DEPTH, depth - from);
-            const bool first = from == 0, last = from + now == depth;
-            lay(column, width, from, now, right);
-            of_width(width, [&](auto vectors) {
-                in_tiles<TILE>(count, [&](auto tile, int i) {
-                    __m512 sum[tile()][vectors()];
-                    for (int r = 0; r < tile; r++)
-                        for (int j = 0; j < vectors; j++) {
-                            const float* begun = first ? start + column : sums + (i + r) * PANEL;
-                            sum[r][j] = first && !start ? _mm512_setzero_ps() : _mm512_loadu_ps(begun + LANES * j);
-                        }
-                    accumulate(now / 2, left + (long)(row + i) * depth + from, depth, 2, right, width, sum, []() {});
-                    for (int r = 0; r < tile; r++)
-                        for (int j = 0; j < vectors; j++)
-                            last ? store(out + (long)(row + i + r) * columns + column + LANES * j, sum[r][j])
-                                 : _mm512_storeu_ps(sums + (i + r) * PANEL + LANES * j, sum[r][j]);
-                });
-            });
+        float* sums = scratch.take<float>((size_t)part * PANEL);
+        const int late = tasks - 2 * omp_get_num_threads();  // from here on no task is taken before it can be begun
+        for (int task = taken++; task < tasks;) {
+            const int row = task / panels * part, then = task < late ? taken++ : -1;
+            f(row, std::min(part, rows - row), task % panels, right, sums, then < 0 ? -1 : then % panels);
+            task = then < 0 ? taken++ : then;
         }
+    } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+        failed = true;
     }
-    return failed;
+    return !failed;
+}
+
+// Rows of weights that are fetched into the second-level cache, some with every tile of a product of `count` rows.
+class Ahead {
+  public:
+    Ahead(const bf16* first, long stride, int bytes, int rows, int count) : row_(first), stride_(stride), bytes_(bytes), left_(rows) {
+        const int tiles = std::max(1, count / TILE);
+        each_ = (rows + tiles - 1) / tiles;
+    }
+    void fetch() {
+        for (int i = std::min(each_, left_); i > 0; i--, left_--, row_ += stride_)
+            for (int b = 0; b < bytes_; b += 64) _mm_prefetch((const char*)row_ + b, _MM_HINT_T1);
+    }
+
+  private:
+    const bf16* row_;
+    long stride_;
+    int bytes_, left_, each_;
+};
+
+// One part of the depth of a panel of sums [count, width]: whether it is the first (then the sums begin with `bias` and the rows `plus`,
+// where these are not null), whether the last (then they are written to `out`; before that they are kept in `sums`).
+struct Part {
+    bool first, last;
+    const float* bias;
+    const bf16* plus;
+    float* sums;
+    bf16* out;
+    long stride;  // of plus and out
+};
+
+void multiply(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, Ahead ahead) {
+    of_width(width, [&](auto vectors) {
+        in_tiles<TILE>(count, [&](auto tile, int i) {
+            __m512 sum[tile()][vectors()];
+            const auto each = [&](auto f) {
+                for (int r = 0; r < tile(); r++)
+                    for (int j = 0; j < vectors(); j++) f(sum[r][j], i + r, LANES * j);
+            };
+            if (!part.first)
+                each([&](__m512& x, int r, int c) { x = _mm512_loadu_ps(part.sums + r * PANEL + c); });
+            else if (part.bias)
+                each([&](__m512& x, int, int c) { x = _mm512_loadu_ps(part.bias + c); });
+            else
+                each([&](__m512& x, int, int) { x = _mm512_setzero_ps(); });
+            if (part.first && part.plus) each([&](__m512& x, int r, int c) { x = _mm512_add_ps(x, load(part.plus + r * part.stride + c)); });
+            ahead.fetch();
+            for (int r = i; part.last && r < i + tile(); r++)
+                for (int c = 0; c < width; c += 32) __builtin_prefetch(part.out + r * part.stride + c, 1);
+            accumulate(pairs, left + (long)i * lda, lda, 2, right, width, sum, []() {});
+            if (part.last)
+                each([&](__m512& x, int r, int c) { store(part.out + r * part.stride + c, x); });
+            else
+                each([&](__m512& x, int r, int c) { _mm512_storeu_ps(part.sums + r * PANEL + c, x); });
+        });
+    });
 }
 
 // Columns of rows [count, columns] as a left side: tiles of 8 columns, each [pairs, 8] with rows 2 k and 2 k + 1 in every lane. Beyond `count`: zeros.
@@ -74,19 +132,19 @@ void pack_columns(const bf16* x, long stride, int count, int columns, int pairs,
             const bf16* base = x + 2L * k * stride + c;
             const __m256i odd = 2 * k + 1 < count ? _mm256_loadu_si256((const __m256i*)(base + stride)) : _mm256_setzero_si256();
             const __m512i both = interleave(_mm256_loadu_si256((const __m256i*)base), odd);
-            uint32_t* tile = to + (long)c * pairs + TILE * k;
+            uint32_t* tile = to + (long)c * pairs + HEIGHT * k;
             _mm256_storeu_si256((__m256i*)tile, _mm512_castsi512_si256(both));
-            _mm256_storeu_si256((__m256i*)(tile + (long)TILE * pairs), _mm512_extracti64x4_epi64(both, 1));
+            _mm256_storeu_si256((__m256i*)(tile + (long)HEIGHT * pairs), _mm512_extracti64x4_epi64(both, 1));
         }
 }
 
 // A tile of sums [8, stride] += left right; the sums are fetched while the product is made.
 template <int VECTORS> void add_tile(int pairs, const uint32_t* left, const uint32_t* right, float* sums, long stride) {
-    __m512 sum[TILE][VECTORS] = {};
-    for (int i = 0; i < TILE; i++)
+    __m512 sum[HEIGHT][VECTORS] = {};
+    for (int i = 0; i < HEIGHT; i++)
         for (int j = 0; j < VECTORS; j++) __builtin_prefetch(sums + i * stride + LANES * j, 1);
-    accumulate(pairs, (const bf16*)left, 2, 2 * TILE, right, LANES * VECTORS, sum, []() {});
-    for (int i = 0; i < TILE; i++)
+    accumulate(pairs, (const bf16*)left, 2, 2 * HEIGHT, right, LANES * VECTORS, sum, []() {});
+    for (int i = 0; i < HEIGHT; i++)
         for (int j = 0; j < VECTORS; j++) {
             float* to = sums + i * stride + LANES * j;
             _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[i][j]));
@@ -98,24 +156,61 @@ template <int VECTORS> void add_tile(int pairs, const uint32_t* left, const uint
 // All return 0, or 1 if memory ran out.
 extern "C" {
 
-// y [rows, out] = x W^T + b; b may be null.
-int linear_forward(const bf16* x, const bf16* weight, const float* bias, int rows, int in, int out, bf16* y) {
-    return multiply(x, rows, in, out, bias, y, [&](int column, int width, int from, int count, uint32_t* to) {
-        pack_transposed(weight + (long)column * in + from, in, width, count, width, to);
+// y_l [rows, out_l] = x W_l^T + b_l + plus for all layers l; plus may be null.
+int linear_forward(const bf16* x, int rows, int in, const Linear* layers, int count, const bf16* plus) {
+    int panels = 0;
+    for (int l = 0; l < count; l++) panels += panels_of(layers[l].out);
+    const auto layer_of = [&](int& panel) -> const Linear& {
+        const Linear* layer = layers;
+        for (; panel >= panels_of(layer->out); layer++) panel -= panels_of(layer->out);
+        return *layer;
+    };
+    return !each_part(rows, panels, [&](int row, int n, int panel, uint32_t* right, float* sums, int next) {
+        const Linear &layer = layer_of(panel), &then = next < 0 ? layer : layer_of(next);
+        const int column = panel * PANEL, width = std::min(PANEL, layer.out - column);
+        const long place = (long)row * layer.out + column;
+        const int lines = next < 0 ? 0 : std::min(PANEL, then.out - next * PANEL) * in / 32;
+        const Ahead ahead(then.weight + (long)next * PANEL * in, 32, 64, lines, n);
+        for (int from = 0; from < in; from += 2 * DEPTH) {
+            const int now = std::min(2 * DEPTH, in - from);
+            const bool first = from == 0, last = from + now == in;
+            pack_transposed(layer.weight + (long)column * in + from, in, width, now, width, right);
+            const Part part{first, last, layer.bias ? layer.bias + column : nullptr, plus ? plus + place : nullptr, sums, layer.rows + place, layer.out};
+            multiply(x + (long)row * in + from, in, now / 2, right, n, width, part, last ? ahead : Ahead(nullptr, 0, 0, 0, n));
+        }
     });
 }
 
-// dx [rows, in] = g W
-int linear_input(const bf16* grad, const bf16* weight, int rows, int in, int out, bf16* found) {
-    return multiply(grad, rows, out, in, nullptr, found, [&](int column, int width, int from, int count, uint32_t* to) {
-        pack_rows(weight + (long)from * in + column, in, count, width, count, to);
+// dx [rows, in] = sum_l g_l W_l
+int linear_input(const Linear* layers, int count, int rows, int in, bf16* found) {
+    return !each_part(rows, panels_of(in), [&](int row, int n, int panel, uint32_t* right, float* sums, int next) {
+        const int column = panel * PANEL, width = std::min(PANEL, in - column);
+        for (int l = 0; l < count; l++) {
+            const Linear& layer = layers[l];
+            for (int from = 0; from < layer.out; from += 2 * DEPTH) {
+                const int now = std::min(2 * DEPTH, layer.out - from), after = from + now;
+                const bool first = l == 0 && from == 0, more = after < layer.out, last = !more && l == count - 1;
+                pack_rows(layer.weight + (long)from * in + column, in, now, width, now, right);
+                // what comes next: the rest of this layer, the next layer, or the next panel of the first one
+                const Linear& then = more ? layer : layers[last ? 0 : l + 1];
+                const int begin = more ? after : 0, place = last ? next * PANEL : column;
+                const int lines = last && next < 0 ? 0 : std::min(2 * DEPTH, then.out - begin);
+                const Ahead ahead(then.weight + (long)begin * in + place, in, 2 * PANEL, lines, n);
+                const Part part{first, last, nullptr, nullptr, sums, found + (long)row * in + column, in};
+                multiply(layer.rows + (long)row * layer.out + from, layer.out, now / 2, right, n, width, part, ahead);
+            }
+        }
     });
 }
 
-// dW [out, in] += g^T x
-int linear_weight(const bf16* grad, const bf16* x, int rows, int in, int out, float* sums) {
-    const int panels = (in + PANEL - 1) / PANEL, most = std::min(DEPTH, (rows + 1) / 2);
-    const int strip = std::clamp(round_up(out / (2 * omp_get_max_threads()), LANES), LANES, STRIP), strips = (out + strip - 1) / strip;
+// dW_l [out_l, in] += g_l^T x for all layers l
+int linear_weight(const Linear* layers, int count, const bf16* x, int rows, int in) {
+    int outs = 0, strips = 0;
+    for (int l = 0; l < count; l++) outs += layers[l].out;
+    const int strip = std::clamp(round_up(outs / (2 * omp_get_max_threads()), LANES), LANES, STRIP);
+    const auto strips_of = [&](const Linear& layer) { return (layer.out + strip - 1) / strip; };
+    for (int l = 0; l < count; l++) strips += strips_of(layers[l]);
+    const int panels = (in + WIDTH - 1) / WIDTH, most = std::min(DEPTH, (rows + 1) / 2);
     const size_t whole = (size_t)most * in, part = (size_t)most * strip;
     uint32_t* right;
     try {
@@ -135,21 +230,23 @@ int linear_weight(const bf16* grad, const bf16* x, int rows, int in, int out, fl
         }
 #pragma omp barrier
         for (int row = 0; row < rows && !failed; row += 2 * DEPTH) {
-            const int count = std::min(2 * DEPTH, rows - row), pairs = (count + 1) / 2;
-            const auto panel = [&](int p) { return right + (long)p * PANEL * pairs; };
+            const int now = std::min(2 * DEPTH, rows - row), pairs = (now + 1) / 2;
+            const auto panel = [&](int p) { return right + (long)p * WIDTH * pairs; };
 #pragma omp for schedule(static)
-            for (int p = 0; p < panels; p++)
-                pack_rows(x + (long)row * in + p * PANEL, in, count, std::min(PANEL, in - p * PANEL), 2 * pairs, panel(p));
+            for (int p = 0; p < panels; p++) pack_rows(x + (long)row * in + p * WIDTH, in, now, std::min(WIDTH, in - p * WIDTH), 2 * pairs, panel(p));
 #pragma omp for schedule(dynamic, 1)
             for (int s = 0; s < strips; s++) {
-                const int first = s * strip, columns = std::min(strip, out - first);
+                const Linear* layer = layers;
+                int place = s;
+                for (; place >= strips_of(*layer); layer++) place -= strips_of(*layer);
+                const int first = place * strip, columns = std::min(strip, layer->out - first);
                 scratch.begin(0);
                 uint32_t* left = scratch.take<uint32_t>(part);
-                pack_columns(grad + (long)row * out + first, out, count, columns, pairs, left);
+                pack_columns(layer->rows + (long)row * layer->out + first, layer->out, now, columns, pairs, left);
                 for (int p = 0; p < panels; p++)
-                    of_width(std::min(PANEL, in - p * PANEL), [&](auto vectors) {
-                        for (int c = 0; c < columns; c += TILE)
-                            add_tile<vectors()>(pairs, left + (long)c * pairs, panel(p), sums + (long)(first + c) * in + p * PANEL, in);
+                    of_width(std::min(WIDTH, in - p * WIDTH), [&](auto vectors) {
+                        for (int c = 0; c < columns; c += HEIGHT)
+                            add_tile<vectors()>(pairs, left + (long)c * pairs, panel(p), layer->sums + (long)(first + c) * in + p * WIDTH, in);
                     });
             }
         }

@@ -1,7 +1,9 @@
-"""The matrix products of linear layers in bfloat16, forward and backward."""
+"""The matrix products of linear layers in bfloat16, forward and backward. Layers that read the same rows are taken together."""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trimtab import kernels
-from trimtab.kernels import elementwise
+
+
+class _Layer(ctypes.Structure):
+    """`Linear` of products.cpp."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("weight", "bias", "rows", "sums")), ("out", ctypes.c_int))
 
 
 def usable(weight: Float[Tensor, "out in"]) -> bool:
@@ -23,38 +30,83 @@ def linear(x: Float[Tensor, "*n in"], weight: Float[Tensor, "out in"], bias: Flo
 
 
 def forward(
-    x: Float[Tensor, "rows in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, out: Float[Tensor, "rows out"]
-) -> Float[Tensor, "rows out"]:
-    """out = x W^T + b"""
-    bias = None if bias is None else bias.float()
-    places = (kernels.address(t) for t in (x, weight, bias))
-    kernels.checked(kernels.loaded().linear_forward(*places, *_sizes(x, weight), kernels.address(out)))
-    return out
+    x: Float[Tensor, "rows in"],
+    weights: Sequence[Float[Tensor, "_ in"]],
+    biases: Sequence[Float[Tensor, " _"] | None],
+    outs: Sequence[Float[Tensor, "rows _"]],
+    plus: Float[Tensor, "rows _"] | None = None,
+) -> None:
+    """out_l = x W_l^T + b_l + plus for every layer l."""
+    whole = [None if bias is None else bias.float() for bias in biases]
+    layers = _layers(outs, weights=weights, biases=whole)
+    kernels.checked(kernels.loaded().linear_forward(kernels.address(x), *x.shape, layers, len(layers), kernels.address(plus)))
 
 
-def input_gradient(grad: Float[Tensor, "rows out"], weight: Float[Tensor, "out in"]) -> Float[Tensor, "rows in"]:
-    """g W"""
-    found = grad.new_empty(len(grad), weight.shape[1])
-    places = (kernels.address(t) for t in (grad, weight))
-    kernels.checked(kernels.loaded().linear_input(*places, *_sizes(grad, weight), kernels.address(found)))
+def outputs(
+    x: Float[Tensor, "rows in"],
+    weights: Sequence[Float[Tensor, "_ in"]],
+    biases: Sequence[Float[Tensor, " _"] | None],
+    plus: Float[Tensor, "rows _"] | None = None,
+) -> list[Float[Tensor, "rows _"]]:
+    """x W_l^T + b_l + plus for every layer l."""
+    outs = [x.new_empty(len(x), len(weight)) for weight in weights]
+    forward(x, weights, biases, outs, plus)
+    return outs
+
+
+def input_gradient(grads: Sequence[Float[Tensor, "rows _"]], weights: Sequence[Float[Tensor, "_ in"]]) -> Float[Tensor, "rows in"]:
+    """sum_l g_l W_l"""
+    found = grads[0].new_empty(len(grads[0]), weights[0].shape[1])
+    layers = _layers(grads, weights=weights)
+    kernels.checked(kernels.loaded().linear_input(layers, len(layers), *found.shape, kernels.address(found)))
     return found
 
 
-def add_weight_gradient(grad: Float[Tensor, "rows out"], x: Float[Tensor, "rows in"], sums: Float[Tensor, "out in"]) -> None:
-    """sums += g^T x, in float32"""
-    places = (kernels.address(t) for t in (grad, x))
-    kernels.checked(kernels.loaded().linear_weight(*places, *_sizes(x, sums), kernels.address(sums)))
+def add_weight_gradients(
+    grads: Sequence[Float[Tensor, "rows _"]], x: Float[Tensor, "rows in"], sums: Sequence[Float[Tensor, "_ in"]]
+) -> None:
+    """sums_l += g_l^T x for every layer l, in float32."""
+    layers = _layers(grads, sums=sums)
+    kernels.checked(kernels.loaded().linear_weight(layers, len(layers), kernels.address(x), *x.shape))
 
 
-def _sizes(rows: Tensor, weight: Tensor) -> tuple[int, int, int]:
-    return len(rows), weight.shape[1], weight.shape[0]
+def parameter_gradients(
+    grads: Sequence[Float[Tensor, "rows _"]],
+    x: Float[Tensor, "rows in"],
+    weights: Sequence[Float[Tensor, "_ in"]],
+    sinks: Sequence[Float[Tensor, "_ in"] | None],
+    wanted: Sequence[tuple[bool, bool]],
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """What autograd is told of every layer's weight and bias, where they are wanted: nothing of a weight whose gradient goes to a sink."""
+    sums = [torch.zeros(weight.shape) if sink is None else sink for weight, sink in zip(weights, sinks, strict=True)]
+    learning = [i for i, (by_weight, _) in enumerate(wanted) if by_weight]
+    if learning:
+        add_weight_gradients([grads[i] for i in learning], x, [sums[i] for i in learning])
+    return [
+        (
+            sums[i].to(weight.dtype) if by_weight and sinks[i] is None else None,
+            grads[i].float().sum(0).to(weight.dtype) if by_bias else None,
+        )
+        for i, (weight, (by_weight, by_bias)) in enumerate(zip(weights, wanted, strict=True))
+    ]
 
 
-def gated_linear(
-    gate: Float[Tensor, "*n in"], up: Float[Tensor, "*n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
-) -> Float[Tensor, "*n out"]:
-    """(gate * sigmoid(gate) * up) W^T + b. The gated input is made again in the backward pass, not kept."""
-    return _GatedLinear.apply(gate, up, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+def _layers(
+    rows: Sequence[Tensor],
+    *,
+    weights: Sequence[Tensor] | None = None,
+    biases: Sequence[Tensor | None] | None = None,
+    sums: Sequence[Tensor] | None = None,
+) -> Any:
+    """Layers as the kernels read them, of which each needs a part."""
+
+    def place(tensors: Sequence[Tensor | None] | None, i: int) -> int | None:
+        tensor = None if tensors is None else tensors[i]
+        return None if tensor is None else tensor.data_ptr()
+
+    return (_Layer * len(rows))(
+        *(_Layer(place(weights, i), place(biases, i), y.data_ptr(), place(sums, i), y.shape[1]) for i, y in enumerate(rows))
+    )
 
 
 class _Linear(torch.autograd.Function):
@@ -63,42 +115,13 @@ class _Linear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         ctx.save_for_backward(rows, weight)
         ctx.sink, ctx.shape = getattr(weight, "main_grad", None), x.shape
-        return forward(rows, weight, bias, x.new_empty(len(rows), len(weight))).view(*x.shape[:-1], len(weight))
+        (out,) = outputs(rows, [weight], [bias])
+        return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         rows, weight = ctx.saved_tensors
         grad = grads[0].reshape(len(rows), len(weight)).contiguous()
-        by_weight, by_bias = _parameter_gradients(ctx, grad, rows, weight, *ctx.needs_input_grad[1:])
-        by_x = input_gradient(grad, weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return by_x, by_weight, by_bias
-
-
-class _GatedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        gate_rows, up_rows = (x.reshape(-1, x.shape[-1]).contiguous() for x in (gate, up))
-        ctx.save_for_backward(gate_rows, up_rows, weight)
-        ctx.sink, ctx.shape = getattr(weight, "main_grad", None), gate.shape
-        inner = elementwise.gated(gate_rows, up_rows)
-        return forward(inner, weight, bias, gate.new_empty(len(inner), len(weight))).view(*gate.shape[:-1], len(weight))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        gate, up, weight = ctx.saved_tensors
-        grad = grads[0].reshape(len(gate), len(weight)).contiguous()
-        by_gate, by_up, inner = elementwise.gate_gradients(gate, up, input_gradient(grad, weight))
-        by_weight, by_bias = _parameter_gradients(ctx, grad, inner, weight, *ctx.needs_input_grad[2:])
-        return by_gate.view(ctx.shape), by_up.view(ctx.shape), by_weight, by_bias
-
-
-def _parameter_gradients(
-    ctx: Any, grad: Tensor, rows: Tensor, weight: Tensor, by_weight: bool, by_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """What autograd is told of weight and bias: nothing of a weight whose gradient is added to its `main_grad`."""
-    found: Tensor | None = None
-    if by_weight:
-        sums = torch.zeros(weight.shape) if ctx.sink is None else ctx.sink
-        add_weight_gradient(grad, rows, sums)
-        found = sums.to(weight.dtype) if ctx.sink is None else None
-    return found, grad.float().sum(0).to(weight.dtype) if by_bias else None
+        by_x = input_gradient([grad], [weight]).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        (by_parameters,) = parameter_gradients([grad], rows, [weight], [ctx.sink], [ctx.needs_input_grad[1:]])
+        return by_x, *by_parameters

@@ -80,17 +80,17 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Where all logits are made at once and there is no cap, what is kept for the backward pass are the probabilities, written over
+    """Where all logits are made at once and there is no cap, what is kept for the backward pass are the weights w = exp(z - max z),
 
-    them: their gradient is then -p times a number of the row, and no exponential is taken twice. A weight that carries `main_grad`
-    (see training.optimiser) has its gradient added there, and autograd hears of none."""
+    written over them, and their sums: the gradient is then -w times a number of the row, and no exponential is taken twice. A weight
+    that carries `main_grad` (see training.optimiser) has its gradient added there, and autograd hears of none."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor]:
         exact, hidden = torch.float64 if hidden.dtype == torch.float64 else torch.float32, hidden.contiguous()
-        logprobs, norm, entropies = (torch.zeros(len(hidden), dtype=exact, device=hidden.device) for _ in range(3))
+        logprobs, norm, entropies, share = (torch.zeros(len(hidden), dtype=exact, device=hidden.device) for _ in range(4))
         parts = _parts(hidden, weight)
         keep = len(parts) == 1 and any(ctx.needs_input_grad[:3]) and head.softcap is None
         ctx.kept = None
@@ -98,8 +98,8 @@ class _TokenLogprobs(torch.autograd.Function):
             z, memory = _logits(hidden[part], weight, bias)
             compiled = head.softcap is None and kernels.serves(z)
             if compiled:
-                into = logprobs[part], norm[part], entropies[part] if entropy else None
-                kernel.forward(z, targets[part], head.scale / temperature, *into, keep=keep)
+                into = logprobs[part], norm[part], entropies[part] if entropy else None, share[part] if keep else None
+                kernel.forward(z, targets[part], head.scale / temperature, *into)
             for rows, inner in [] if compiled else _slices(part, z):
                 logits = head.finish(z[inner], temperature)
                 highest = logits.amax(-1, keepdim=True)
@@ -108,17 +108,17 @@ class _TokenLogprobs(torch.autograd.Function):
                 total = weights.sum(-1, keepdim=True)
                 norm[rows] = (highest + total.log())[:, 0]
                 logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - norm[rows]
+                if keep:
+                    z[inner], share[rows] = weights, 1 / total[:, 0]
                 if entropy:  # log sum_v w_v - sum_v p_v log w_v with w = exp(z - max z)
                     mean = below.mul_(weights).nan_to_num_(nan=0.0).sum(-1) / total[:, 0]
                     entropies[rows] = total.log()[:, 0] - mean
-                if keep:
-                    z[inner] = weights.div_(total)
             if keep:
                 ctx.kept = z, memory
             else:
                 _SPARE.append(memory)
         ctx.sink = getattr(weight, "main_grad", None)
-        ctx.save_for_backward(hidden, weight, bias, targets, norm, logprobs, entropies)
+        ctx.save_for_backward(hidden, weight, bias, targets, norm, logprobs, entropies, share)
         ctx.head, ctx.temperature = head, temperature
         ctx.set_materialize_grads(False)  # an output from which nothing is learnt costs nothing in the backward pass
         if not entropy:
@@ -127,7 +127,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, bias, targets, norm, logprobs, entropies = ctx.saved_tensors
+        hidden, weight, bias, targets, norm, logprobs, entropies, share = ctx.saved_tensors
         grad_logprob, grad_entropy = torch.zeros_like(norm) if grads[0] is None else grads[0], grads[1]
         kept, ctx.kept = ctx.kept, None  # the gradient is written over it: a second backward pass computes it again
         head, temperature = ctx.head, ctx.temperature
@@ -139,7 +139,7 @@ class _TokenLogprobs(torch.autograd.Function):
             z, memory = kept if kept is not None else _logits(hidden[part], weight, bias)
             compiled = kept is not None and grad_entropy is None and kernels.serves(z)
             if compiled:
-                kernel.backward(z, targets[part], logprobs[part], grad_logprob[part], head.scale / temperature)
+                kernel.backward(z, targets[part], logprobs[part], share[part], grad_logprob[part], head.scale / temperature)
             for rows, inner in [] if compiled else _slices(part, z):
                 target, pull = targets[rows, None], grad_logprob[rows, None]
                 if kept is None:
@@ -148,7 +148,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     p = torch.exp(logits - norm[rows, None])
                 else:
                     slope = head.scale / temperature
-                    p = z[inner].to(norm.dtype)
+                    p = z[inner].to(norm.dtype).mul_(share[rows, None])
                 chosen = logprobs[rows, None].exp()  # exactly: where it is near 1, 1 - p would be lost to rounding
                 if grad_entropy is None:
                     grad = p.mul_(-pull).scatter_(1, target, (1 - chosen) * pull)
@@ -158,9 +158,9 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad.scatter_add_(1, target, pull.to(grad.dtype))
                 z[inner] = grad.mul_(slope)
             if grad_hidden is not None:
-                grad_hidden[part] = products.input_gradient(z, weight) if products.usable(weight) else z @ weight
+                grad_hidden[part] = products.input_gradient([z], [weight]) if products.usable(weight) else z @ weight
             if need_weight and ctx.sink is not None and products.usable(weight):
-                products.add_weight_gradient(z, hidden[part], ctx.sink)
+                products.add_weight_gradients([z], hidden[part], [ctx.sink])
             elif need_weight and ctx.sink is not None:
                 for words in range(0, len(weight), _WORDS):
                     ctx.sink[words : words + _WORDS] += z[:, words : words + _WORDS].t() @ hidden[part]
@@ -199,7 +199,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
         memory = hidden.new_empty(size)
     z = memory[:size].view(len(hidden), len(weight))
     if products.usable(weight):
-        return products.forward(hidden, weight, bias, z), memory
+        products.forward(hidden, [weight], [bias], [z])
+        return z, memory
     product = torch.mm(hidden, weight.t(), out=z) if bias is None else torch.addmm(bias, hidden, weight.t(), out=z)
     return product, memory
 
