@@ -87,14 +87,11 @@ template <int ROWS, int COLUMNS, typename F>
     for (int k = 0; k < pairs; k++, a += pair, b += ldb) {
         between();
         __m512bh right[COLUMNS];
-#pragma GCC unroll 8
         for (int j = 0; j < COLUMNS; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + LANES * j);
-#pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) {
             int32_t two;
             std::memcpy(&two, a + i * row, sizeof two);
             const __m512bh left = (__m512bh)_mm512_set1_epi32(two);
-#pragma GCC unroll 8
             for (int j = 0; j < COLUMNS; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
         }
     }

@@ -44,8 +44,8 @@ def take_kernels(model: nn.Module) -> None:
             module.forward = MethodType(_layer, module)
 
 
-def _parts(layer: Any) -> tuple[nn.Module, ...]:
-    return layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm
+def _parts(module: Any) -> tuple[nn.Module, ...]:
+    return module.self_attn, module.mlp, module.input_layernorm, module.post_attention_layernorm
 
 
 def _replaced(module: Any) -> bool:
