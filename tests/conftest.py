@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,20 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared folder beside the checkout")
     return folder
+
+
+@pytest.fixture(params=["fastest", "avx512"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels as the processor runs them fastest, and, where that is with tiles, with vectors alone."""
+    from trimtab import kernels
+
+    if request.param == "fastest":
+        yield
+        return
+    if not kernels.has_tiles():
+        pytest.skip("no tile unit here: vectors are the fastest")
+    kernels.library.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setenv("TRIMTAB_KERNELS", "avx512")
+        yield
+    kernels.library.cache_clear()

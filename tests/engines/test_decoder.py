@@ -79,6 +79,7 @@ def test_steps_equal_transformers_on_the_whole_sequence() -> None:
     assert (ours.t() - theirs).abs().max() < 1e-6
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @torch.no_grad()
 def test_bfloat16_is_no_further_from_float32_than_plain_transformers(kind: str) -> None:

@@ -22,6 +22,7 @@ from trimtab.models.packed import Layout
 from trimtab.types import Group, Prompt, Response
 
 there = pytest.mark.skipif(kernels.library() is None, reason="no kernels here: they need AVX-512 with BF16, and a C++ compiler")
+both = pytest.mark.usefixtures("instructions")
 
 SIZES = {
     "pairs": [(70, (5, 90)), (3, (2, 2)), (11, (1, 300))],
@@ -51,6 +52,7 @@ def error(found: Tensor, right: Tensor) -> float:
     return float((found.double() - right).norm() / right.norm())
 
 
+@both
 @there
 @pytest.mark.parametrize("window", [None, 37])
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -70,6 +72,7 @@ def test_attention_is_nearer_to_the_exact_one_than_torch(sizes: str, window: int
         assert error(found, exact) < min(4e-3, 1.01 * error(other, exact))
 
 
+@both
 @there
 def test_attention_depends_neither_on_threads_nor_on_company() -> None:
     sizes = [(30, (20, 45)), (8, (5,)), (90, (7, 7, 7))]
@@ -136,6 +139,7 @@ def test_gate_of_extreme_numbers_is_finite() -> None:
     assert torch.equal(out[0, 4:7], gate[0, 4:7])
 
 
+@both
 @there
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 16, 48), (77, 64, 112), (600, 48, 32), (2501, 80, 16), (19, 4112, 96), (30, 96, 4112)])
@@ -149,6 +153,7 @@ def test_linear_layers_are_nearer_to_the_exact_ones_than_torch(sizes: tuple[int,
         assert error(found, exact) <= min(4e-3, 1.01 * error(other, exact))
 
 
+@both
 @there
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
@@ -210,6 +215,7 @@ def test_a_number_is_its_two_halves() -> None:
     assert bool((upper[tied].double().abs() > numbers[tied].double().abs()).all())
 
 
+@both
 @there
 def test_linear_layers_depend_neither_on_threads_nor_on_company() -> None:
     x, weight, grad = draw(700, 2064), draw(96, 2064, seed=1), draw(700, 96, seed=2)
@@ -226,6 +232,7 @@ def test_linear_layers_depend_neither_on_threads_nor_on_company() -> None:
     assert torch.equal(products.linear(x[690:693], weight, None), found[0][0][690:693])
 
 
+@both
 @there
 def test_a_linear_layer_may_be_given_no_rows() -> None:
     x, weight = draw(0, 32).requires_grad_(), draw(16, 32, seed=1).requires_grad_()
@@ -238,6 +245,7 @@ def test_a_linear_layer_may_be_given_no_rows() -> None:
     assert not weight.grad.any()
 
 
+@both
 @there
 def test_weight_gradients_are_added_up_in_float32_where_the_optimiser_wants_them() -> None:
     x, weight = draw(50, 32), draw(16, 32, seed=1).requires_grad_()

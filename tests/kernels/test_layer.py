@@ -70,6 +70,7 @@ def distance(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return float((off / size) ** 0.5)
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_is_no_further_from_the_exact_one_than_its_parts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = learnt(made(family, torch.float64))
@@ -93,6 +94,7 @@ def test_sees_what_the_plain_model_sees(family: str) -> None:
     assert float((ours - theirs).abs().mean()) < 0.03
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_added_to_sinks_and_frozen_weights_have_none(family: str) -> None:
     model = made(family, torch.bfloat16)
@@ -149,6 +151,7 @@ def test_checkpointed_layers_learn_the_same_bit_for_bit() -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_depends_neither_on_threads_nor_on_company(threads: int) -> None:
     model, before = made("llama", torch.bfloat16), torch.get_num_threads()

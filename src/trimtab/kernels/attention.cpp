@@ -35,7 +35,7 @@ struct Keys {
 };
 
 // Queries that are taken at once, an even number: fewer where they see so much that their scores would leave the cache.
-constexpr int MOST = 48;
+constexpr int MOST = TILES ? 64 : 48;
 int tile_of(int seen) { return seen <= 1024 ? MOST : seen <= 2048 ? MOST / 2 : MOST / 4; }
 
 // What a row sees: columns from .. to.
@@ -56,8 +56,8 @@ class Task {
         size_t bytes = 0;
         int longest = 0;
         for (int i = 0; i < count; i++) {
-            const int width = round_up(p.lengths[first + i], LANES);
-            longest = std::max(longest, width + (i ? round_up(p.lengths[first], LANES) : 0));
+            const int width = round_up(p.lengths[first + i], FILLED);
+            longest = std::max(longest, width + (i ? round_up(p.lengths[first], FILLED) : 0));
             const size_t packed = Scratch::padded<uint32_t>((size_t)width * p.dim / 2);
             bytes += backward ? 3 * packed + 2 * Scratch::padded<float>((size_t)width * p.dim) : 2 * packed;
         }
@@ -67,7 +67,7 @@ class Task {
         bytes += Scratch::padded<float>((size_t)MOST * p.dim) + 2 * Scratch::padded<bf16>((size_t)MOST * p.dim);
         scratch.begin(bytes);
         for (int i = 0; i < count; i++) {
-            Keys keys{p.starts[first + i], p.lengths[first + i], round_up(p.lengths[first + i], LANES)};
+            Keys keys{p.starts[first + i], p.lengths[first + i], round_up(p.lengths[first + i], FILLED)};
             const size_t packed = (size_t)keys.width * p.dim / 2;
             const bf16 *k = p.k + keys.start * p.k_stride + head * p.dim, *v = p.v + keys.start * p.v_stride + head * p.dim;
             keys.key_t = scratch.take<uint32_t>(packed);
@@ -101,7 +101,7 @@ class Task {
     void forward(bf16* out, float* lse) {
         each_tile([&](const Keys& own, const Keys* prompt, int t0, int m, int h) {
             const bf16* q = p.q + (own.start + t0) * p.q_stride + h * p.dim;
-            const int left = prompt ? prompt->width : 0, n = left + round_up(t0 + m, LANES);
+            const int left = prompt ? prompt->width : 0, n = left + round_up(t0 + m, FILLED);
             score(q, p.q_stride, own, prompt, t0, m, n);
             float scale[MOST];
             for (int i = 0; i < m; i++) {
@@ -124,16 +124,14 @@ class Task {
     void backward(const bf16* grad, long grad_stride, const float* lse, bf16* grad_q, bf16* grad_k, bf16* grad_v) {
         each_tile([&](const Keys& own, const Keys* prompt, int t0, int m, int h) {
             const bf16 *q = p.q + (own.start + t0) * p.q_stride + h * p.dim, *g = grad + (own.start + t0) * grad_stride + h * p.dim;
-            const int left = prompt ? prompt->width : 0, n = left + round_up(t0 + m, LANES);
+            const int left = prompt ? prompt->width : 0, n = left + round_up(t0 + m, FILLED);
             score(q, p.q_stride, own, prompt, t0, m, n);
             if (prompt) product(m, left, p.dim / 2, g, grad_stride, prompt->value_t, left, pull_, n, false);
             product(m, n - left, p.dim / 2, g, grad_stride, own.value_t, own.width, pull_ + left, n, false);
             for (int i = 0; i < m; i++) slope(i, n, lse[(long)h * p.tokens + own.start + t0 + i], prompt, t0 + i);
-            const int even = round_up(m, 2);
-            if (even > m) {
-                std::memset(scores_ + (long)m * n, 0, n * sizeof(float));
-                std::memset(pull_ + (long)m * n, 0, n * sizeof(float));
-            }
+            const int even = round_up(m, TILES ? FILLED : 2);
+            std::memset(scores_ + (long)m * n, 0, (size_t)(even - m) * n * sizeof(float));
+            std::memset(pull_ + (long)m * n, 0, (size_t)(even - m) * n * sizeof(float));
             pair_up(scores_, even, n, weight_pairs_, nullptr);
             pair_up(pull_, even, n, pull_pairs_, weights_);
             if (prompt) product(m, p.dim, left / 2, weights_, n, prompt->key, p.dim, out_, p.dim, false);
@@ -141,8 +139,8 @@ class Task {
             for (int i = 0; i < m; i++)
                 for (int d = 0; d < p.dim; d += LANES)
                     store(grad_q + ((long)(own.start + t0 + i) * p.heads + h) * p.dim + d, _mm512_loadu_ps(out_ + (long)i * p.dim + d));
-            transpose(q, p.q_stride, m, even, query_t_);
-            transpose(g, grad_stride, m, even, grad_t_);
+            transpose_rows(q, p.q_stride, m, even, query_t_);
+            transpose_rows(g, grad_stride, m, even, grad_t_);
             if (prompt) {
                 product(p.dim, left, even / 2, query_t_, even, pull_pairs_, n, prompt->grad_key, left, true);
                 product(p.dim, left, even / 2, grad_t_, even, weight_pairs_, n, prompt->grad_value, left, true);
@@ -254,9 +252,13 @@ class Task {
     }
 
     // [m, dim] -> [dim, even], with zeros beyond m.
-    void transpose(const bf16* x, long stride, int m, int even, bf16* to) {
-        for (int i = 0; i < even; i++)
-            for (int d = 0; d < p.dim; d++) to[(long)d * even + i] = i < m ? x[i * stride + d] : 0;
+    void transpose_rows(const bf16* x, long stride, int m, int even, bf16* to) {
+        for (int i = 0; i < even; i += 2 * LANES)
+            for (int d = 0; d < p.dim; d += LANES) {
+                __m512i r[16];
+                column_pairs(x + d, stride, i, m, r);
+                for (int c = 0; c < LANES; c++) _mm512_mask_storeu_epi32(to + (long)(d + c) * even + i, first_lanes((even - i) / 2), r[c]);
+            }
     }
 
     void give(const float* from, const Keys& keys, bf16* to) {
@@ -280,13 +282,17 @@ thread_local Scratch scratch;
 // Runs f(group, key head) for all; false if memory ran out.
 template <typename F> bool all_tasks(const Problem& p, F f) {
     bool failed = false;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int i = 0; i < p.groups * p.kv; i++) {
-        try {
-            f(i / p.kv, i % p.kv);
-        } catch (const std::bad_alloc&) {
+#pragma omp parallel
+    {
+        const Tiles tiles;
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < p.groups * p.kv; i++) {
+            try {
+                f(i / p.kv, i % p.kv);
+            } catch (const std::bad_alloc&) {
 #pragma omp atomic write
-            failed = true;
+                failed = true;
+            }
         }
     }
     return !failed;

@@ -76,6 +76,14 @@ void multiply_panel(const Matrix& m, int j, const uint32_t* next, const bf16* a,
     const int pairs = m.in / 2;
     const uint32_t* b = m.panel(j);
     const char* ahead = (const char*)next;
+    if (TILES && m.in % TILE_DEPTH == 0) {
+        for (int i = 0; i < n; i += 32)
+            for (int l = 0; l < PANEL; l += 32)
+                tile_product(std::min(32, n - i), std::min(32, PANEL - l), m.in / TILE_DEPTH, TileLeft::rows(a + i * lda, lda), b + l, PANEL, c + i * ldc + l, ldc, add, [&](int) {
+                    for (int line = 0; i == 0 && line < 24; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+                });
+        return;
+    }
     int left = 3;  // parts of `pairs` lines that the next panel has
     const int lines = n >= 3 * ROWS_AT_ONCE ? 1 : 3;
     in_tiles<ROWS_AT_ONCE>(n, [&](auto count, int i) {
@@ -143,8 +151,8 @@ class Attention {
         for (int i = 0; i < s.rows; i++) {
             const bool along = i && s.places[order_[i]] == s.places[order_[i - 1]] && chunks_.back().count < CHUNK;
             along ? (void)chunks_.back().count++ : chunks_.push_back({i, 1});
-            prompt_ = std::max(prompt_, round_up(s.lengths[i], LANES));
-            own_ = std::max(own_, round_up(s.times[i] + 1, LANES));
+            prompt_ = std::max(prompt_, round_up(s.lengths[i], FILLED));
+            own_ = std::max(own_, round_up(s.times[i] + 1, FILLED));
         }
     }
 
@@ -161,7 +169,7 @@ class Attention {
         const Chunk chunk = chunks_[task / t.kv];
         const int head = task % t.kv, m = chunk.count * rep_, dim = t.dim;
         const int* rows = order_.data() + chunk.first;
-        const int length = s.lengths[rows[0]], left = round_up(length, LANES), n = left + own_;
+        const int length = s.lengths[rows[0]], left = round_up(length, FILLED), n = left + own_;
         scratch.begin(bytes());
         bf16* query = scratch.take<bf16>((size_t)m * dim);
         bf16* weights = scratch.take<bf16>((size_t)m * n);
@@ -186,7 +194,7 @@ class Attention {
         }
         product(m, left, dim / 2, query, dim, keys, left, scores, n, false);
         for (int i = 0; i < chunk.count; i++) {
-            const int time = s.times[rows[i]], width = round_up(time + 1, LANES);
+            const int time = s.times[rows[i]], width = round_up(time + 1, FILLED);
             const long own = ((long)rows[i] * t.kv + head) * s.room * dim;
             pack_transposed(kept.own_keys + own, dim, time + 1, dim, width, keys);
             product(rep_, width, dim / 2, query + i * rep_ * dim, dim, keys, width, scores + (long)i * rep_ * n + left, n, false);
@@ -195,7 +203,7 @@ class Attention {
         for (int i = 0; i < m; i++) scale[i] = 1 / softmax(scores + (long)i * n, weights + (long)i * n, kept, length, left, s.times[rows[i / rep_]]);
         product(m, dim, left / 2, weights, n, values, dim, sums, dim, false);
         for (int i = 0; i < chunk.count; i++) {
-            const int time = s.times[rows[i]], width = round_up(time + 1, LANES);
+            const int time = s.times[rows[i]], width = round_up(time + 1, FILLED);
             const long own = ((long)rows[i] * t.kv + head) * s.room * dim;
             pack_rows(kept.own_values + own, dim, time + 1, dim, width, values);
             product(rep_, dim, width / 2, weights + (long)i * rep_ * n + left, n, values, dim, sums + (long)i * rep_ * dim, dim, true);
@@ -211,7 +219,7 @@ class Attention {
     float softmax(float* row, bf16* weights, const Stored& kept, int length, int left, int time) const {
         const __m512 scale = _mm512_set1_ps(kept.softcap ? kept.scale / kept.softcap : kept.scale), cap = _mm512_set1_ps(kept.softcap);
         const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        const int n = left + round_up(time + 1, LANES);
+        const int n = left + round_up(time + 1, FILLED);
         const int from = kept.window ? std::max(0, length + time + 1 - kept.window) : 0;  // counted through prompt and response
         const auto seen = [&](int c) {
             const int first = c < left ? from : left + std::max(0, from - length), last = c < left ? length : left + time + 1;
@@ -255,6 +263,7 @@ template <typename F> bool in_parallel(size_t bytes, F f) {
             failed = true;
         }
 #pragma omp barrier
+        const Tiles tiles;
         if (!failed) f();
     }
     return !failed;
@@ -377,7 +386,6 @@ void decode_pack(const bf16* weight, int out, int in, int step, int first, uint3
     for (int j = 0; j < (out + PANEL - 1) / PANEL; j++) {
         const int count = std::min(PANEL, out - j * PANEL);
         uint32_t* panel = to + ((long)j * step + first) * pairs * PANEL;
-        if (count < PANEL) std::memset(panel, 0, (size_t)pairs * PANEL * sizeof *panel);
         pack_transposed(weight + (long)j * PANEL * in, in, count, in, PANEL, panel);
     }
 }

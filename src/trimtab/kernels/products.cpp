@@ -16,11 +16,17 @@
 
 namespace {
 
-constexpr int DEPTH = 1024;             // pairs of rows of a panel that are laid at a time
-constexpr int PANEL = 64, TILE = 6;     // outputs: columns of a panel, rows of a tile,
-constexpr int ROWS = 512;               // most rows of a task
-constexpr int WIDTH = 48, HEIGHT = 8;   // gradients of weights: the same,
-constexpr int STRIP = 96;               // most columns of g of a task
+constexpr int DEPTH = 1024;                           // pairs of rows of a panel that are laid at a time
+constexpr int PANEL = 64, TILE = TILES ? 32 : 6;      // outputs: most columns of a panel, rows of a tile,
+constexpr int NARROW = TILES ? 32 : PANEL;            // columns of a panel whose outputs a cache holds,
+constexpr int ROWS = TILES ? 1024 : 512;              // most rows of a task
+constexpr int WIDTH = TILES ? 32 : 48, HEIGHT = 8;    // gradients of weights: columns of a panel, rows of a tile,
+constexpr int STRIP = 96;                             // most columns of g of a task,
+constexpr int PAIRS = TILES ? LANES : 1;              // what pairs of its rows are filled up to
+constexpr long LARGE = 1 << 23;                       // outputs that no cache holds
+constexpr int LONG = 1 << 14;                         // numbers of a row so long that lines of a column meet in few places of a cache:
+constexpr int WIDE_STRIP = TILES ? 256 : STRIP;       // most columns of g of a task then,
+constexpr int CHUNK = 512, SUMS = 1 << 17;            // columns of g that are brought together, sums of a task
 
 thread_local Scratch scratch, shared_scratch;
 
@@ -33,7 +39,10 @@ struct Linear {
     int out;
 };
 
-int panels_of(int columns) { return (columns + PANEL - 1) / PANEL; }
+// Columns of a panel that lie side by side, for a product of this depth.
+int side_by_side(int depth) { return TILES && depth % TILE_DEPTH == 0 ? NARROW : PANEL; }
+
+int panels_of(int columns, int size) { return (columns + size - 1) / size; }
 
 // f(constant number of vectors) for a panel of 16, 32, 48 or 64 columns.
 template <typename F> void of_width(int width, F f) {
@@ -53,6 +62,7 @@ template <typename F> bool each_part(int rows, int panels, F f) {
     bool failed = false;
 #pragma omp parallel
     try {
+        const Tiles tiles;
         scratch.begin(Scratch::padded<uint32_t>((size_t)DEPTH * PANEL) + Scratch::padded<float>((size_t)part * PANEL));
         uint32_t* right = scratch.take<uint32_t>((size_t)DEPTH * PANEL);
         float* sums = scratch.take<float>((size_t)part * PANEL);
@@ -96,11 +106,51 @@ struct Part {
     float* sums;
     bf16* out;
     long stride;  // of plus and out
+    bool stream;  // out is written past the caches
 };
 
-void multiply(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, Ahead ahead) {
+// By tiles: the same, for pairs in whole tiles.
+void multiply_tiles(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, Ahead ahead) {
+    alignas(64) float block[TILE * PANEL];
+    const bool whole = part.first && part.last, begun = part.first && (part.bias || part.plus);
     of_width(width, [&](auto vectors) {
-        in_tiles<TILE>(count, [&](auto tile, int i) {
+        for (int i = 0; i < count; i += TILE) {
+            const int m = std::min(TILE, count - i);
+            float* sums = whole ? block : part.sums + i * PANEL;
+            const auto each = [&](auto f) {
+                for (int r = 0; r < m; r++)
+                    for (int j = 0; j < vectors(); j++) f(sums + r * PANEL + LANES * j, (i + r) * part.stride + LANES * j, LANES * j);
+            };
+            if (begun)
+                each([&](float* sum, long place, int c) {
+                    const __m512 x = part.bias ? _mm512_loadu_ps(part.bias + c) : _mm512_setzero_ps();
+                    _mm512_storeu_ps(sum, part.plus ? _mm512_add_ps(x, load(part.plus + place)) : x);
+                });
+            ahead.fetch();
+            for (int r = 0; part.last && !part.stream && r < m; r++) __builtin_prefetch(part.out + (i + r) * part.stride, 1);
+            const TileLeft rows = TileLeft::rows(left + (long)i * lda, lda);
+            for (int c = 0; c < width; c += NARROW) {
+                const int n = std::min(NARROW, width - c);
+                tile_product(m, n, 2 * pairs / TILE_DEPTH, rows, right + (long)c * pairs, n, sums + c, PANEL, begun || !part.first, [&](int k) {
+                    for (int r = 0; r < m; r++) _mm_prefetch((const char*)(rows.at + r * rows.row + (k + 3) * rows.step), _MM_HINT_T0);
+                });
+            }
+            if (part.last && part.stream)
+                for (int r = 0; r < m; r++)
+                    for (int j = 0; j + 1 < vectors(); j += 2) {
+                        const float* sum = sums + r * PANEL + LANES * j;
+                        stream(part.out + (i + r) * part.stride + LANES * j, _mm512_loadu_ps(sum), _mm512_loadu_ps(sum + LANES));
+                    }
+            else if (part.last)
+                each([&](float* sum, long place, int) { store(part.out + place, _mm512_loadu_ps(sum)); });
+        }
+    });
+}
+
+void multiply(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, Ahead ahead) {
+    if (TILES && 2 * pairs % TILE_DEPTH == 0) return multiply_tiles(left, lda, pairs, right, count, width, part, ahead);
+    of_width(width, [&](auto vectors) {
+        in_tiles<6>(count, [&](auto tile, int i) {
             __m512 sum[tile()][vectors()];
             const auto each = [&](auto f) {
                 for (int r = 0; r < tile(); r++)
@@ -129,12 +179,21 @@ void multiply(const bf16* left, long lda, int pairs, const uint32_t* right, int 
 void pack_columns(const bf16* x, long stride, int count, int columns, int pairs, uint32_t* to) {
     for (int k = 0; k < pairs; k++)
         for (int c = 0; c < columns; c += LANES) {
-            const bf16* base = x + 2L * k * stride + c;
-            const __m256i odd = 2 * k + 1 < count ? _mm256_loadu_si256((const __m256i*)(base + stride)) : _mm256_setzero_si256();
-            const __m512i both = interleave(_mm256_loadu_si256((const __m256i*)base), odd);
+            const __m512i both = row_pair(x + c, stride, 2 * k, count);
             uint32_t* tile = to + (long)c * pairs + HEIGHT * k;
             _mm256_storeu_si256((__m256i*)tile, _mm512_castsi512_si256(both));
             _mm256_storeu_si256((__m256i*)(tile + (long)HEIGHT * pairs), _mm512_extracti64x4_epi64(both, 1));
+        }
+}
+
+// The same in the order in which the tile unit reads them, [columns / 16][pairs / 16][16, 16]; `pairs` are whole tiles.
+void tile_columns(const bf16* x, long stride, int count, int columns, int pairs, uint32_t* to) {
+    for (int k = 0; k < pairs; k += LANES)
+        for (int c = 0; c < columns; c += LANES) {
+            __m512i r[16];
+            column_pairs(x + c, stride, 2 * k, count, r);
+            uint32_t* tile = to + (long)c * pairs + LANES * k;
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(tile + LANES * i, r[i]);
         }
 }
 
@@ -151,6 +210,42 @@ template <int VECTORS> void add_tile(int pairs, const uint32_t* left, const uint
         }
 }
 
+// dx [rows, in] = g W by tiles for a layer with many outputs; false if memory ran out. Rows of g are so long that lines of a column meet
+// in few places of a cache, so tasks are parts of the rows, which are brought closer together for all columns.
+bool long_input(const Linear& layer, int rows, int in, bf16* found) {
+    const int most = std::max(TILE, SUMS / in), panels = panels_of(in, PANEL);
+    const int parts = round_up((rows + most - 1) / most, omp_get_max_threads()), part = round_up((rows + parts - 1) / parts, TILE);
+    const size_t side = (size_t)CHUNK / 2 * PANEL, block = (size_t)part * PANEL, close = CHUNK + TILE_DEPTH;
+    std::atomic<int> taken{0};
+    bool failed = false;
+#pragma omp parallel
+    try {
+        const Tiles tiles;
+        scratch.begin(Scratch::padded<uint32_t>(side) + Scratch::padded<float>(block * panels) + Scratch::padded<bf16>(part * close));
+        uint32_t* right = scratch.take<uint32_t>(side);
+        float* sums = scratch.take<float>(block * panels);
+        bf16* left = scratch.take<bf16>(part * close);
+        for (int row; (row = part * taken++) < rows;)
+            for (int from = 0; from < layer.out; from += CHUNK) {
+                const int now = std::min(CHUNK, layer.out - from), n = std::min(part, rows - row), then = std::min(CHUNK, layer.out - from - now);
+                for (int i = 0; i < n; i++) std::memcpy(left + i * close, layer.rows + (long)(row + i) * layer.out + from, now * sizeof *left);
+                for (int column = 0; column < in; column += PANEL) {
+                    const int width = std::min(PANEL, in - column);
+                    const bf16* weight = layer.weight + (long)from * in + column;
+                    for (int c = 0; c < width; c += NARROW) pack_rows(weight + c, in, now, std::min(NARROW, width - c), now, right + (long)c * now / 2);
+                    const Ahead ahead(weight + (long)now * in, in, 2 * PANEL, then, n);
+                    float* sum = sums + column / PANEL * block;
+                    const Part part{from == 0, from + now == layer.out, nullptr, nullptr, sum, found + (long)row * in + column, in, false};
+                    multiply_tiles(left, close, now / 2, right, n, width, part, ahead);
+                }
+            }
+    } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+        failed = true;
+    }
+    return !failed;
+}
+
 }  // namespace
 
 // All return 0, or 1 if memory ran out.
@@ -158,33 +253,41 @@ extern "C" {
 
 // y_l [rows, out_l] = x W_l^T + b_l + plus for all layers l; plus may be null.
 int linear_forward(const bf16* x, int rows, int in, const Linear* layers, int count, const bf16* plus) {
+    const bool stream = TILES && in % TILE_DEPTH == 0 && count == 1 && (long)rows * layers->out > LARGE && layers->out % PANEL == 0 && (uintptr_t)layers->rows % 64 == 0;
+    const int size = stream ? PANEL : NARROW;
     int panels = 0;
-    for (int l = 0; l < count; l++) panels += panels_of(layers[l].out);
+    for (int l = 0; l < count; l++) panels += panels_of(layers[l].out, size);
     const auto layer_of = [&](int& panel) -> const Linear& {
         const Linear* layer = layers;
-        for (; panel >= panels_of(layer->out); layer++) panel -= panels_of(layer->out);
+        for (; panel >= panels_of(layer->out, size); layer++) panel -= panels_of(layer->out, size);
         return *layer;
     };
     return !each_part(rows, panels, [&](int row, int n, int panel, uint32_t* right, float* sums, int next) {
         const Linear &layer = layer_of(panel), &then = next < 0 ? layer : layer_of(next);
-        const int column = panel * PANEL, width = std::min(PANEL, layer.out - column);
+        const int column = panel * size, width = std::min(size, layer.out - column);
         const long place = (long)row * layer.out + column;
-        const int lines = next < 0 ? 0 : std::min(PANEL, then.out - next * PANEL) * in / 32;
-        const Ahead ahead(then.weight + (long)next * PANEL * in, 32, 64, lines, n);
+        const int lines = next < 0 ? 0 : std::min(size, then.out - next * size) * in / 32;
+        const Ahead ahead(then.weight + (long)next * size * in, 32, 64, lines, n);
         for (int from = 0; from < in; from += 2 * DEPTH) {
             const int now = std::min(2 * DEPTH, in - from);
             const bool first = from == 0, last = from + now == in;
-            pack_transposed(layer.weight + (long)column * in + from, in, width, now, width, right);
-            const Part part{first, last, layer.bias ? layer.bias + column : nullptr, plus ? plus + place : nullptr, sums, layer.rows + place, layer.out};
+            for (int c = 0, most = side_by_side(now); c < width; c += most) {
+                const int side = std::min(most, width - c);
+                pack_transposed(layer.weight + (long)(column + c) * in + from, in, side, now, side, right + (long)c * now / 2);
+            }
+            const float* bias = layer.bias ? layer.bias + column : nullptr;
+            const Part part{first, last, bias, plus ? plus + place : nullptr, sums, layer.rows + place, layer.out, stream};
             multiply(x + (long)row * in + from, in, now / 2, right, n, width, part, last ? ahead : Ahead(nullptr, 0, 0, 0, n));
         }
+        if (stream) _mm_sfence();
     });
 }
 
 // dx [rows, in] = sum_l g_l W_l
 int linear_input(const Linear* layers, int count, int rows, int in, bf16* found) {
-    return !each_part(rows, panels_of(in), [&](int row, int n, int panel, uint32_t* right, float* sums, int next) {
-        const int column = panel * PANEL, width = std::min(PANEL, in - column);
+    if (TILES && count == 1 && layers->out >= LONG && layers->out % TILE_DEPTH == 0) return !long_input(*layers, rows, in, found);
+    return !each_part(rows, panels_of(in, NARROW), [&](int row, int n, int panel, uint32_t* right, float* sums, int next) {
+        const int column = panel * NARROW, width = std::min(NARROW, in - column);
         for (int l = 0; l < count; l++) {
             const Linear& layer = layers[l];
             for (int from = 0; from < layer.out; from += 2 * DEPTH) {
@@ -193,10 +296,10 @@ int linear_input(const Linear* layers, int count, int rows, int in, bf16* found)
                 pack_rows(layer.weight + (long)from * in + column, in, now, width, now, right);
                 // what comes next: the rest of this layer, the next layer, or the next panel of the first one
                 const Linear& then = more ? layer : layers[last ? 0 : l + 1];
-                const int begin = more ? after : 0, place = last ? next * PANEL : column;
+                const int begin = more ? after : 0, place = last ? next * NARROW : column;
                 const int lines = last && next < 0 ? 0 : std::min(2 * DEPTH, then.out - begin);
-                const Ahead ahead(then.weight + (long)begin * in + place, in, 2 * PANEL, lines, n);
-                const Part part{first, last, nullptr, nullptr, sums, found + (long)row * in + column, in};
+                const Ahead ahead(then.weight + (long)begin * in + place, in, 2 * NARROW, lines, n);
+                const Part part{first, last, nullptr, nullptr, sums, found + (long)row * in + column, in, false};
                 multiply(layer.rows + (long)row * layer.out + from, layer.out, now / 2, right, n, width, part, ahead);
             }
         }
@@ -207,10 +310,10 @@ int linear_input(const Linear* layers, int count, int rows, int in, bf16* found)
 int linear_weight(const Linear* layers, int count, const bf16* x, int rows, int in) {
     int outs = 0, strips = 0;
     for (int l = 0; l < count; l++) outs += layers[l].out;
-    const int strip = std::clamp(round_up(outs / (2 * omp_get_max_threads()), LANES), LANES, STRIP);
+    const int strip = std::clamp(round_up(outs / (2 * omp_get_max_threads()), LANES), LANES, outs < LONG ? STRIP : WIDE_STRIP);
     const auto strips_of = [&](const Linear& layer) { return (layer.out + strip - 1) / strip; };
     for (int l = 0; l < count; l++) strips += strips_of(layers[l]);
-    const int panels = (in + WIDTH - 1) / WIDTH, most = std::min(DEPTH, (rows + 1) / 2);
+    const int panels = (in + WIDTH - 1) / WIDTH, most = std::min(DEPTH, round_up((rows + 1) / 2, PAIRS));
     const size_t whole = (size_t)most * in, part = (size_t)most * strip;
     uint32_t* right;
     try {
@@ -222,6 +325,7 @@ int linear_weight(const Linear* layers, int count, const bf16* x, int rows, int 
     bool failed = false;
 #pragma omp parallel
     {
+        const Tiles tiles;
         try {
             scratch.begin(Scratch::padded<uint32_t>(part));
         } catch (const std::bad_alloc&) {
@@ -230,7 +334,7 @@ int linear_weight(const Linear* layers, int count, const bf16* x, int rows, int 
         }
 #pragma omp barrier
         for (int row = 0; row < rows && !failed; row += 2 * DEPTH) {
-            const int now = std::min(2 * DEPTH, rows - row), pairs = (now + 1) / 2;
+            const int now = std::min(2 * DEPTH, rows - row), pairs = round_up((now + 1) / 2, PAIRS);
             const auto panel = [&](int p) { return right + (long)p * WIDTH * pairs; };
 #pragma omp for schedule(static)
             for (int p = 0; p < panels; p++) pack_rows(x + (long)row * in + p * WIDTH, in, now, std::min(WIDTH, in - p * WIDTH), 2 * pairs, panel(p));
@@ -242,11 +346,22 @@ int linear_weight(const Linear* layers, int count, const bf16* x, int rows, int 
                 const int first = place * strip, columns = std::min(strip, layer->out - first);
                 scratch.begin(0);
                 uint32_t* left = scratch.take<uint32_t>(part);
-                pack_columns(layer->rows + (long)row * layer->out + first, layer->out, now, columns, pairs, left);
+                const bf16* grads = layer->rows + (long)row * layer->out + first;
+                float* sums = layer->sums + (long)first * in;
+                if (TILES) {
+                    tile_columns(grads, layer->out, now, columns, pairs, left);
+                    for (int p = 0; p < panels; p++)
+                        for (int d = p * WIDTH; d < std::min(in, (p + 1) * WIDTH); d += 32)
+                            for (int c = 0; c < columns; c += TILE)
+                                tile_product(std::min(TILE, columns - c), std::min(32, in - d), pairs / LANES,
+                                             {(const bf16*)(left + (long)c * pairs), TILE_DEPTH, TILE_ROWS * TILE_DEPTH, (long)TILE_ROWS * 2 * pairs}, panel(p) + d - p * WIDTH, std::min(WIDTH, in - p * WIDTH), sums + (long)c * in + d, in, true, [](int) {});
+                    continue;
+                }
+                pack_columns(grads, layer->out, now, columns, pairs, left);
                 for (int p = 0; p < panels; p++)
                     of_width(std::min(WIDTH, in - p * WIDTH), [&](auto vectors) {
                         for (int c = 0; c < columns; c += HEIGHT)
-                            add_tile<vectors()>(pairs, left + (long)c * pairs, panel(p), layer->sums + (long)(first + c) * in + p * WIDTH, in);
+                            add_tile<vectors()>(pairs, left + (long)c * pairs, panel(p), sums + (long)c * in + p * WIDTH, in);
                     });
             }
         }

@@ -10,6 +10,8 @@
 #include <new>
 #include <type_traits>
 
+#include "tiles.h"
+
 using bf16 = uint16_t;
 constexpr int LANES = 16;
 
@@ -27,7 +29,8 @@ inline __m512 load(const bf16* x) { return to_float(_mm256_loadu_si256((const __
 inline __m512 load(const bf16* x, __mmask16 lanes) { return to_float(_mm256_maskz_loadu_epi16(lanes, x)); }
 inline __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 inline void store(bf16* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, to_bf16(x)); }
-inline void store(bf16* to, __m512 x, __mmask16 lanes) { _mm256_mask_storeu_epi16(to, lanes, to_bf16(x)); }
+inline void store(bf16* to, __m512 x, __mmask16 lanes) { _mm256_mask_storeu_epi16(to, lanes, to_bf16(x)); }// 32 neighbours of a cache line, past the caches.
+inline void stream(bf16* to, __m512 low, __m512 high) { _mm512_stream_si512((__m512i*)to, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
 
 // Two rows as pairs: the lower half of every lane from `even`, the upper from `odd`.
 inline __m512i interleave(__m256i even, __m256i odd) {
@@ -121,8 +124,15 @@ inline void product_columns(int m, int pairs, const bf16* a, long lda, const uin
     in_tiles<6>(m, [&](auto count, int i) { product_block<count(), COLUMNS>(pairs, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add, []() {}); });
 }
 
-// c [m, n] (+)= a [m, 2 pairs] b [2 pairs, n]; the rows of b lie in pairs, one 32-bit lane a column; n is a multiple of 16.
+// c [m, n] (+)= a [m, 2 pairs] b [2 pairs, n]; the rows of b lie in pairs, one 32-bit lane a column; n is a multiple of 16. A thread
+// that calls this has `Tiles`.
 inline void product(int m, int n, int pairs, const bf16* a, long lda, const uint32_t* b, long ldb, float* c, long ldc, bool add) {
+    if (TILES && 2 * pairs % TILE_DEPTH == 0) {
+        for (int j = 0; j < n; j += 32)
+            for (int i = 0; i < m; i += 32)
+                tile_product(std::min(32, m - i), std::min(32, n - j), 2 * pairs / TILE_DEPTH, TileLeft::rows(a + i * lda, lda), b + j, ldb, c + i * ldc + j, ldc, add, [](int) {});
+        return;
+    }
     for (; n >= 64; n -= 64, b += 64, c += 64) product_columns<4>(m, pairs, a, lda, b, ldb, c, ldc, add);
     if (n >= 48) return product_columns<3>(m, pairs, a, lda, b, ldb, c, ldc, add);
     if (n >= 32) return product_columns<2>(m, pairs, a, lda, b, ldb, c, ldc, add);
@@ -146,10 +156,9 @@ inline void transpose(__m512i r[16]) {
     for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 
-// Rows [count, dim] as the right side x^T: [dim / 2, width], a pair of neighbours of one row in every lane. Beyond `count`, up to a
-// multiple of 16: zeros.
+// Rows [count, dim] as the right side x^T: [dim / 2, width], a pair of neighbours of one row in every lane. Beyond `count`: zeros.
 inline void pack_transposed(const bf16* x, long stride, int count, int dim, int width, uint32_t* to) {
-    for (int row = 0; row < count; row += LANES)
+    for (int row = 0; row < width; row += LANES)
         for (int pair = 0; pair < dim / 2; pair += LANES) {
             const __mmask16 real = first_lanes(dim / 2 - pair);
             __m512i r[16];
@@ -159,13 +168,22 @@ inline void pack_transposed(const bf16* x, long stride, int count, int dim, int 
         }
 }
 
+// Rows `row` and row + 1 of 16 columns as pairs. Beyond `count`: zeros.
+inline __m512i row_pair(const bf16* x, long stride, int row, int count) {
+    const bf16* base = x + row * stride;
+    const __m256i even = row < count ? _mm256_loadu_si256((const __m256i*)base) : _mm256_setzero_si256();
+    const __m256i odd = row + 1 < count ? _mm256_loadu_si256((const __m256i*)(base + stride)) : _mm256_setzero_si256();
+    return interleave(even, odd);
+}
+
+// 16 columns of 32 rows: a column in every vector. Beyond `count`: zeros.
+inline void column_pairs(const bf16* x, long stride, int row, int count, __m512i r[16]) {
+    for (int i = 0; i < 16; i++) r[i] = row_pair(x, stride, row + 2 * i, count);
+    transpose(r);
+}
+
 // Rows [count, dim] as the right side x: [width / 2, dim], rows 2 i and 2 i + 1 in every lane. Beyond `count`: zeros.
 inline void pack_rows(const bf16* x, long stride, int count, int dim, int width, uint32_t* to) {
     for (int row = 0; row < width; row += 2)
-        for (int d = 0; d < dim; d += LANES) {
-            const bf16* base = x + row * stride + d;
-            const __m256i even = row < count ? _mm256_loadu_si256((const __m256i*)base) : _mm256_setzero_si256();
-            const __m256i odd = row + 1 < count ? _mm256_loadu_si256((const __m256i*)(base + stride)) : _mm256_setzero_si256();
-            _mm512_storeu_si512(to + (long)row / 2 * dim + d, interleave(even, odd));
-        }
+        for (int d = 0; d < dim; d += LANES) _mm512_storeu_si512(to + (long)row / 2 * dim + d, row_pair(x + d, stride, row, count));
 }
