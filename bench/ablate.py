@@ -203,6 +203,11 @@ SWITCHES = {
         BOTH,
         environment={**TUNED_ALLOCATOR, "TRIMTAB_KERNELS": "off"},
     ),
+    "tiles": Switch(
+        "products by the tile unit, where the processor has one; else by vectors",
+        BOTH,
+        environment={**TUNED_ALLOCATOR, "TRIMTAB_KERNELS": "avx512"},
+    ),
     "layers as a whole": Switch("a layer is one operation with few calls, its sums added inside products", PAIRS, part_by_part),
     "matrix products of our own": Switch("linear layers and head by panels, gradients added up in float32", PAIRS, products_of_torch),
     "weights in halves": Switch("bfloat16 weights are the upper halves of their float32 values, one pass a step", PAIRS, masters),
