@@ -142,7 +142,9 @@ def test_gate_of_extreme_numbers_is_finite() -> None:
 @both
 @there
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("sizes", [(1, 16, 48), (77, 64, 112), (600, 48, 32), (2501, 80, 16), (19, 4112, 96), (30, 96, 4112)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 16, 48), (77, 64, 112), (600, 48, 32), (2501, 80, 16), (19, 4112, 96), (30, 96, 4112), (520, 96, 16448)]
+)
 def test_linear_layers_are_nearer_to_the_exact_ones_than_torch(sizes: tuple[int, int, int], bias: bool) -> None:
     rows, inner, outer = sizes
     inputs = [draw(rows, inner), draw(outer, inner, seed=1), *([draw(outer, seed=2)] if bias else [])]
