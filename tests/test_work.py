@@ -27,6 +27,7 @@ from trimtab.models import loading, reference_cache
 from trimtab.models.base import PackedModel
 from trimtab.models.language import LanguageModel
 from trimtab.models.packed import Layout
+from trimtab.models.scratch import Scratch
 from trimtab.stages.policy import PolicyLearning, policy_config
 from trimtab.stages.preference import PreferenceLearning, mismatch, preference, preference_config
 from trimtab.stages.reward import RewardModelConfig, reward
@@ -83,7 +84,9 @@ class Step:
 
 
 def counted(run: Callable[[], Any]) -> tuple[Work, Any]:
-    shapes = {tuple(p.shape) for p in tiny.model("llama", vocab_size=VOCABULARY).parameters()}
+    model = tiny.model("llama", torch.bfloat16, vocab_size=VOCABULARY)
+    shapes = {tuple(p.shape) for p in model.parameters()}
+    shapes |= {tuple(Scratch(dict(part.named_parameters())).zeros.shape) for part in (model, model.base_model)}  # all gradients together
     with Work(VOCABULARY, shapes) as work:
         result = run()
     return work, result

@@ -72,7 +72,7 @@ class Work(TorchDispatchMode):
         if count:
             self._add(count, {size for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor) for size in x.shape})
         for made in tree_leaves(out):
-            if isinstance(made, torch.Tensor) and tuple(made.shape) not in self.shapes and not func.is_view:
+            if isinstance(made, torch.Tensor) and tuple(made.shape) not in self.shapes and not (func.is_view or func._schema.is_mutable):
                 self.largest = max(self.largest, made.numel() * made.element_size())
         return out
 

@@ -45,11 +45,15 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Batch:
-    """Groups and their columns. `select`, `minibatches` and `micro_batches` keep the columns aligned."""
+    """Groups and their columns. `select`, `minibatches` and `micro_batches` keep the columns aligned.
+
+    apart: whether responses of one group may be in different micro-batches, because nothing that is made of one compares them.
+    """
 
     groups: tuple[Group, ...]
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
     responses: Mapping[str, Tensor] = field(default_factory=dict)
+    apart: bool = False
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -132,35 +136,63 @@ class Batch:
 
     def select(self, indices: Sequence[int]) -> Batch:
         """The batch of some groups, in the order given, with its share of every column."""
+        return self._taken([(i, range(len(self.groups[i].responses))) for i in indices])
+
+    def _taken(self, parts: Sequence[tuple[int, range]]) -> Batch:
+        """The batch of some groups, of each a span of its responses."""
         first_response, first_token = self._starts
-        responses = [range(first_response[i], first_response[i + 1]) for i in indices]
+        responses = [range(first_response[i] + span.start, first_response[i] + span.stop) for i, span in parts]
         rows = torch.tensor([r for span in responses for r in span], dtype=torch.long)
         cells = torch.tensor([t for span in responses for t in range(first_token[span.start], first_token[span.stop])], dtype=torch.long)
+        whole = [len(span) == len(self.groups[i].responses) for i, span in parts]
         return Batch(
-            tuple(self.groups[i] for i in indices),
+            tuple(self.groups[i] if all_of_it else self.groups[i].only(span) for (i, span), all_of_it in zip(parts, whole, strict=True)),
             {name: column[cells.to(column.device)] for name, column in self.tokens.items()},
             {name: column[rows.to(column.device)] for name, column in self.responses.items()},
+            self.apart,
         )
 
     def micro_batches(self, token_budget: int) -> list[Batch]:
-        """Cut into batches of at most `token_budget` packed tokens, whole groups in order.
+        """Cut into batches of at most `token_budget` packed tokens, in order.
 
-        A single group larger than the budget makes a batch of its own.
+        Groups stay whole where they fit. One that is larger than the budget is cut where responses may be `apart`, its prompt being read
+        by every part, and else makes a batch of its own; so does a single response that is larger.
         """
-        pieces: list[list[int]] = []
+        pieces: list[list[tuple[int, range]]] = []
         room = 0
         for i, group in enumerate(self.groups):
-            if not pieces or group.token_count > room:
-                pieces.append([])
-                room = token_budget
-            pieces[-1].append(i)
-            room -= group.token_count
-        return [self.select(piece) for piece in pieces]
+            for span in self._spans(group, token_budget):
+                size = len(group.prompt.tokens) + sum(len(group.responses[r].tokens) for r in span)
+                if not pieces or size > room:
+                    pieces.append([])
+                    room = token_budget
+                pieces[-1].append((i, span))
+                room -= size
+        return [self._taken(piece) for piece in pieces]
+
+    def _spans(self, group: Group, token_budget: int) -> list[range]:
+        """A group's responses in as few spans as fit, of about as many tokens each."""
+        lengths = [len(response.tokens) for response in group.responses]
+        if not self.apart or group.token_count <= token_budget:
+            return [range(len(lengths))]
+        room = max(1, token_budget - len(group.prompt.tokens))
+        share = sum(lengths) / -(-sum(lengths) // room)
+        spans, start = list[range](), 0
+        for r in range(1, len(lengths)):
+            held = sum(lengths[start:r])
+            if held >= share or held + lengths[r] > room:
+                spans.append(range(start, r))
+                start = r
+        return [*spans, range(start, len(lengths))]
 
     def smaller(self, token_budget: int) -> int | None:
-        """A budget that cuts the largest micro-batch of this one; null where every micro-batch is a single group."""
-        sizes = [sum(g.token_count for g in m.groups) for m in self.micro_batches(token_budget) if len(m.groups) > 1]
+        """A budget that cuts the largest micro-batch of this one; null where none can be cut."""
+        sizes = [sum(g.token_count for g in m.groups) for m in self.micro_batches(token_budget) if m._divisible]
         return max(sizes) // 2 if sizes else None
+
+    @property
+    def _divisible(self) -> bool:
+        return len(self.lengths if self.apart else self.groups) > 1
 
     def minibatches(self, count: int, order: Sequence[int] | None = None) -> list[Batch]:
         """Cut into `count` batches with as equal a number of groups as possible; `order` permutes the groups first."""
@@ -202,6 +234,7 @@ LossFunction = Callable[[Outputs, Batch, Counts], Loss]
 @torch.no_grad()
 def observe(batch: Batch, forward: Callable[[Batch], Outputs], *, token_budget: int) -> Outputs:
     """Run a model over a batch in micro-batches, without gradients, and join what it says. They are smaller where memory runs out."""
+    batch = replace(batch, apart=True)
     outputs, _ = fitted(lambda budget: join([passed(micro, forward) for micro in batch.micro_batches(budget)]), token_budget, batch.smaller)
     return outputs
 

@@ -181,6 +181,18 @@ def test_an_update_does_not_depend_on_how_the_batch_is_cut_ordered_and_read(name
     assert other_metrics == pytest.approx(metrics, abs=1e-9)
 
 
+@names
+def test_an_update_does_not_depend_on_where_a_group_is_cut(name: str) -> None:
+    algorithm = make(name)
+    batch = replace(algorithm.credit(rollout()), apart=True)
+    metrics, weights = learn(algorithm, batch, 10_000)
+    for budget in (1, max(group.token_count for group in batch.groups) - 1):
+        assert len(batch.micro_batches(budget)) > len(replace(batch, apart=False).micro_batches(budget))
+        other_metrics, other_weights = learn(algorithm, batch, budget)
+        assert float((weights - other_weights).abs().max()) < 1e-9
+        assert other_metrics == pytest.approx(metrics, abs=1e-9)
+
+
 def spoilt(column: Tensor, mask: Tensor) -> Tensor:
     """The column with other finite values at masked tokens."""
     other = column + 3 * torch.randn(column.shape, dtype=column.dtype, generator=seeded(7))

@@ -21,6 +21,7 @@ from trimtab.maths.logprobs import Head
 from trimtab.models import loading
 from trimtab.models.language import LanguageModel, plain_logprobs
 from trimtab.models.loading import LoraConfig
+from trimtab.models.scratch import elsewhere
 from trimtab.types import Prompt
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no compiler, or a processor without AVX-512 BF16")
@@ -144,7 +145,7 @@ def test_products_are_rounded_once(rows: int, inputs: int, outputs: int) -> None
     exact = x.double() @ weight.double().t()
     for added in (None, bias):
         right = exact if added is None else exact + added.double()
-        found = decode.Matrix([weight], [added])(x).double()
+        found = decode.Matrix([weight], [added], elsewhere)(x).double()
         assert ((found - right).abs() <= 2**-8 * right.abs() + 1e-4 * inputs**0.5).all()
 
 

@@ -189,7 +189,7 @@ def test_adamw_in_halves_is_adamw(shape: tuple[int, ...]) -> None:
     start = draw(*shape)
     theirs = nn.Parameter(start.float())
     torchs = torch.optim.AdamW([theirs], lr=3e-3, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1, fused=True)
-    half = adamw.Halves(nn.Parameter(start.clone()))
+    half = adamw.Halves(nn.Parameter(start.clone()), torch.zeros(shape))
     for step in range(5):
         gradient = draw(*shape, seed=step).float()
         half.grad.copy_(gradient)

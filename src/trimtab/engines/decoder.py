@@ -20,6 +20,7 @@ from trimtab import kernels
 from trimtab.engines.cache import Cache, Prefill
 from trimtab.kernels import decode
 from trimtab.models.language import LanguageModel
+from trimtab.models.scratch import Empty, elsewhere
 from trimtab.types import Prompt
 
 
@@ -38,7 +39,7 @@ class Stepper(Protocol):
 class PlainStepper:
     """Decoding through the model's own forward pass."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, empty: Empty = elsewhere) -> None:
         self.model = model
 
     def hidden(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
@@ -62,7 +63,7 @@ class Decoder:
     where the model's precision is bfloat16: nearer to the float32 model than the model's own pass, and fewer conversions.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, empty: Empty = elsewhere) -> None:
         trunk, head = model.plain.base_model, model.head
         _expect(trunk, {"embed_tokens", "layers", "norm", "rotary_emb"})
         self.embedding, self.rotary = trunk.embed_tokens, trunk.rotary_emb
@@ -91,7 +92,7 @@ class CompiledDecoder:
     Sums x are in float32, and nothing is rounded to bfloat16 but what enters a product. A row's states do not depend on its company.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, empty: Empty = elsewhere) -> None:
         if not kernels.serves(model.head.weight):
             raise Unknown(f"weights in {model.head.weight.dtype} on {model.device}, for which there are no kernels")
         trunk, head = model.plain.base_model, model.head
@@ -104,11 +105,11 @@ class CompiledDecoder:
         if not decode.shapes_fit(width, heads, kv, dim, inner) or turned.shape[-1] != dim:
             raise Unknown("a trunk of sizes that the kernel does not know")
         self.embedding, self.rotary = trunk.embed_tokens, trunk.rotary_emb
-        layers = [_compiled(layer) for layer in trunk.layers]
+        layers = [_compiled(layer, empty) for layer in trunk.layers]
         if {layer.sizes() for layer in layers} != {(width, (heads + 2 * kv) * dim, heads * dim, width, width, inner, width)}:
             raise Unknown("layers of different sizes")
         self.trunk = decode.Trunk(layers, _Norm(trunk.norm).setting, heads, kv, dim, inner)
-        self.head = decode.Matrix([head.weight], [head.bias])
+        self.head = decode.Matrix([head.weight], [head.bias], empty)
 
     def hidden(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         x = self.embedding(tokens)
@@ -123,7 +124,7 @@ class CompiledDecoder:
         return self.head(states)
 
 
-def _compiled(layer: Any) -> decode.Layer:
+def _compiled(layer: Any, empty: Empty) -> decode.Layer:
     """The layer's weights, as the kernel reads them."""
     attention, mlp = _parts(layer)
     probe = torch.linspace(-4, 4, 9)
@@ -134,14 +135,14 @@ def _compiled(layer: Any) -> decode.Layer:
     if len(biases) not in (0, 3):
         raise Unknown("biases in some of the projections of one input")
     mixed = torch.cat([p.weight.detach() for p in (query, key, value)])
-    qkv = decode.Matrix([mixed], [torch.cat(biases) if biases else None])
+    qkv = decode.Matrix([mixed], [torch.cat(biases) if biases else None], empty)
     out, gate, up, down = (_linear(p) for p in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     return decode.Layer(
         qkv,
-        decode.Matrix([out.weight], [out.bias]),
-        decode.Matrix([gate.weight, up.weight], [gate.bias, up.bias]),
-        decode.Matrix([down.weight], [down.bias]),
+        decode.Matrix([out.weight], [out.bias], empty),
+        decode.Matrix([gate.weight, up.weight], [gate.bias, up.bias], empty),
+        decode.Matrix([down.weight], [down.bias], empty),
         _Norm(layer.input_layernorm).setting,
         _Norm(layer.post_attention_layernorm).setting,
         *(None if norm is None else _Norm(norm).setting for norm in norms),
@@ -288,12 +289,16 @@ def _sum_of_bits(x: Tensor) -> tuple[float, ...]:
     return (int(flat[:whole].view(torch.int64).sum()), *flat[whole:].tolist())
 
 
-def choose(model: LanguageModel) -> Callable[[LanguageModel], Stepper]:
+Kind = Callable[[LanguageModel, Empty], Stepper]
+"""Makes a stepper of a model's weights as they are; where it reorders them, into arrays that it is given."""
+
+
+def choose(model: LanguageModel, empty: Empty = elsewhere) -> Kind:
     """`CompiledDecoder` or `Decoder`, if it understands the model, else `PlainStepper`."""
-    kinds: tuple[Callable[[LanguageModel], Stepper], ...] = (CompiledDecoder, Decoder)
+    kinds: tuple[Kind, ...] = (CompiledDecoder, Decoder)
     for kind in kinds:
         try:
-            if _agree(model, kind(model)):
+            if _agree(model, kind(model, empty)):
                 return kind
         except Unknown:
             continue

@@ -6,7 +6,7 @@ a time through `decoder`, with a `cache` of keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from trimtab.config import Config
 from trimtab.engines.batching import Batcher
-from trimtab.engines.decoder import Stepper, choose, fingerprint
+from trimtab.engines.decoder import Kind, Stepper, choose, fingerprint
 from trimtab.engines.drafts import Memory, Tokens, uniform_numbers
 from trimtab.engines.sampling import SamplingConfig
 from trimtab.errors import DataError
 from trimtab.memory import fitted
 from trimtab.models.language import LanguageModel
+from trimtab.models.scratch import Empty, Scratch, elsewhere
 from trimtab.types import Group, Prompt, Response
 
 
@@ -34,12 +35,17 @@ class EngineConfig(Config):
 
 
 class LocalEngine:
-    """Samples from a LanguageModel in this process."""
+    """Samples from a LanguageModel in this process.
 
-    def __init__(self, model: LanguageModel, sampling: SamplingConfig, config: EngineConfig | None = None) -> None:
-        self.model, self.sampling, self.config = model, sampling, config or EngineConfig()
+    scratch: lends the memory of the weights in the decoder's order, until `sleep`.
+    """
+
+    def __init__(
+        self, model: LanguageModel, sampling: SamplingConfig, config: EngineConfig | None = None, scratch: Scratch | None = None
+    ) -> None:
+        self.model, self.sampling, self.config, self.scratch = model, sampling, config or EngineConfig(), scratch
         self.version = 0
-        self._make_stepper: Callable[[LanguageModel], Stepper] | None = None
+        self._kind: Kind | None = None
         self._stepper: Stepper | None = None
         self._made_from: object = None
         self.memory = Memory()
@@ -55,6 +61,8 @@ class LocalEngine:
 
     def sleep(self) -> None:
         """Free the weights in the decoder's order, which the next `generate` makes again."""
+        if self._stepper is not None and self.scratch is not None:
+            self.scratch.take_back()
         self._stepper = None
 
     def generate(self, prompts: Sequence[Prompt], n: int, *, seed: int) -> list[Group]:
@@ -88,7 +96,8 @@ class LocalEngine:
             batcher.run(prompts, n, drafts)
             return [self._response(tokens, logprobs) for tokens, logprobs in batcher.responses()]
 
-        answers, _ = fitted(drawn, self.config.rows, lambda rows: rows // 2 or None)
+        rows = max(1, min(self.config.rows, len(prompts) * n))  # the cache has room for as many
+        answers, _ = fitted(drawn, rows, lambda rows: rows // 2 or None)
         return [Group(prompt, tuple(answers[i * n : (i + 1) * n])) for i, prompt in enumerate(prompts)]
 
     def _response(self, tokens: list[int], logprobs: list[float]) -> Response:
@@ -100,7 +109,10 @@ class LocalEngine:
         """What decodes with the weights as they are now."""
         now = fingerprint(self.model)
         if self._stepper is None or self._made_from != now:
-            self._make_stepper = self._make_stepper or choose(self.model)
             self._stepper = None  # two copies of the weights are one too many
-            self._stepper, self._made_from = self._make_stepper(self.model), now
+            self._kind = self._kind or choose(self.model, self._empty())
+            self._stepper, self._made_from = self._kind(self.model, self._empty()), now
         return self._stepper
+
+    def _empty(self) -> Empty:
+        return elsewhere if self.scratch is None else self.scratch.lend()

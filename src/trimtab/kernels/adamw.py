@@ -12,16 +12,16 @@ from trimtab import kernels
 
 
 class Halves:
-    """A parameter, and what AdamW knows of it.
+    """A parameter, the sum of its gradients, and what AdamW knows of it.
 
     A float32 number is its nearest bfloat16 (ties away from zero) and 16 more bits. The first is the model's own parameter, the others
     are `lower`, so that no second copy of the weights is held, and no update is too small to count.
     """
 
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter = parameter
+    def __init__(self, parameter: nn.Parameter, grad: Float[Tensor, ...]) -> None:
+        self.parameter, self.grad = parameter, grad
         self.lower = torch.zeros(parameter.shape, dtype=torch.int16)
-        self.grad, self.exp_avg, self.exp_avg_sq = (torch.zeros(parameter.shape) for _ in range(3))
+        self.exp_avg, self.exp_avg_sq = (torch.zeros(parameter.shape) for _ in range(2))
         self.steps = 0
 
     def step(self, *, scale: float, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +63,17 @@ class _Step(ctypes.Structure):
 class Matrix:
     """x W^T + b with weights in the kernel's order; several of the same shape lie side by side, panel by panel in turns."""
 
-    def __init__(self, weights: Sequence[Float[Tensor, "out in"]], biases: Sequence[Float[Tensor, " out"] | None]) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Float[Tensor, "out in"]],
+        biases: Sequence[Float[Tensor, " out"] | None],
+        empty: Callable[[int, int], Float[Tensor, "rows columns"]],
+    ) -> None:
+        """empty: makes the array of bfloat16 in which they lie."""
         self.inputs, self.turns = weights[0].shape[1], len(weights)
         padded = -(-weights[0].shape[0] // _PANEL) * _PANEL
         self.outputs = len(weights) * padded if len(weights) > 1 else weights[0].shape[0]
-        self.panels = torch.empty(len(weights) * padded, self.inputs, dtype=torch.bfloat16)
+        self.panels = empty(len(weights) * padded, self.inputs)
         for i, weight in enumerate(weights):
             own = weight.detach().contiguous()
             _library().decode_pack(kernels.address(own), *own.shape, len(weights), i, kernels.address(self.panels))

@@ -15,6 +15,7 @@ from trimtab.config import Config
 from trimtab.models.language import LanguageModel
 from trimtab.models.reference import Reference
 from trimtab.models.scorer import Scorer
+from trimtab.models.scratch import Scratch
 from trimtab.protocols import Algorithm
 from trimtab.training.checkpoint import Saveable
 from trimtab.training.optimiser import OptimConfig, Optimiser
@@ -75,9 +76,9 @@ class Passes:
 class PolicyOnly:
     """No critic: the group-based family and REINFORCE."""
 
-    def __init__(self, policy: LanguageModel, optim: OptimConfig, steps: int, passes: Passes) -> None:
+    def __init__(self, policy: LanguageModel, optim: OptimConfig, steps: int, passes: Passes, scratch: Scratch | None = None) -> None:
         self.policy, self.passes = policy, passes
-        self.optimiser = Optimiser(policy.trainable(), optim, steps)
+        self.optimiser = Optimiser(policy.trainable(), optim, steps, scratch)
         self.ahead = Ahead(lambda batch: self._forward(batch, passes.entropy))
 
     def forward(self, batch: Batch) -> Outputs:
@@ -144,10 +145,10 @@ class OwnCritic(PolicyOnly):
     """A separate critic model with its own optimiser and number of updates."""
 
     def __init__(self, policy: LanguageModel, optim: OptimConfig, steps: int, passes: Passes, critic: CriticConfig, scorer: Scorer) -> None:
-        super().__init__(policy, optim, steps, passes)
+        super().__init__(policy, optim, steps, passes, Scratch(policy.trainable(), scorer.trainable()))  # they learn one after the other
         self.scorer, self.critic = scorer, critic
         self.values_ahead = Ahead(scorer.values)
-        self.critic_optimiser = Optimiser(scorer.trainable(), critic.optim, steps)
+        self.critic_optimiser = Optimiser(scorer.trainable(), critic.optim, steps, self.optimiser.scratch)
 
     def look(self, batch: Batch, *, ahead: bool = False) -> Outputs:
         budget = self.passes.token_budget

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from trimtab import kernels
 from trimtab.batch import Batch, observe
 from trimtab.data.records import load_comparisons, load_demonstrations, load_prompts
 from trimtab.engines.cache import round_up
@@ -133,7 +134,8 @@ def sizes_of(config: Any) -> Sizes:
         prompt = max(len(p.tokens) for p in load_prompts(config.data, template).records)
         response, n = config.sampling.max_tokens, config.responses_per_prompt
         group, sampled = prompt + n * response, n * config.prompts_per_step
-        micro = group * max(1, min(config.prompts_per_step, config.micro_batch_tokens // group))
+        fitting = min(config.prompts_per_step, config.micro_batch_tokens // group)
+        micro = group * fitting if fitting else max(prompt + response, config.micro_batch_tokens)  # a group that does not fit is cut
         rows = min(config.engine.rows, sampled)
         return Sizes(prompt, response, micro, group * config.prompts_per_step, rows, sampled, n, config.algorithm.epochs)
     if type(config).__name__ == "SFTConfig":
@@ -174,7 +176,9 @@ def memory_of(config: Any, sizes: Sizes) -> tuple[Parameters, dict[str, int]]:
     memory = {"weights": own.bytes, "gradients": own.gradients, "optimiser": own.masters + own.moments, "other models": 0}
     if sizes.sampled:
         memory["other models"] = _others(config, own)
-        memory["sampler's weights"] = own.bytes
+        if _own_critic(config):  # it learns after the policy, and its gradients lie where the policy's were
+            memory["gradients"] = max(own.gradients, count(config.model, scorer=True).gradients)
+        memory["sampler's weights"] = 0 if _lends_to_sampler(config, own) else own.bytes
         memory["KV cache"] = cache_bytes(config.model, sizes)
     elif getattr(getattr(config, "algorithm", None), "reference", None) is not None:
         memory["other models"] = own.gradients if config.algorithm.reference.role in ("synced", "ema") else 0
@@ -198,11 +202,17 @@ def _others(config: Any, own: Parameters) -> int:
     size = own.gradients if moving and config.reference.role != "none" else own.bytes if frozen else 0
     if _own_critic(config):
         critic = count(config.model, scorer=True)
-        size += critic.bytes + critic.gradients + critic.masters + critic.moments
+        size += critic.bytes + critic.masters + critic.moments
     if config.reward.model is not None:
         reader = ModelConfig(path=config.reward.model, dtype=config.reward.dtype, device=config.model.device)
         size += count(reader, scorer=True, trainable=False).bytes
     return size + (own.bytes if config.overlap and config.model.lora is None else 0)
+
+
+def _lends_to_sampler(config: Any, own: Parameters) -> bool:
+    """Whether the sampler's order of the weights lies where gradients are added up later."""
+    compiled = loading.resolve_device(config.model.device).type == "cpu" and kernels.library() is not None
+    return compiled and own.masters > 0 and not config.overlap
 
 
 def _own_critic(config: Any) -> bool:
@@ -289,7 +299,7 @@ def shaped(sizes: Sizes, vocabulary: int) -> Batch:
     """A micro-batch of groups as large as the recipe's: what attention costs depends on their lengths."""
     responses = tuple(Response(_tokens(sizes.response, vocabulary, i), "") for i in range(sizes.per_prompt))
     group = Group(Prompt(_tokens(sizes.prompt, vocabulary, 2), ""), responses)
-    return Batch((group,) * max(1, sizes.micro // group.token_count))
+    return Batch((group,) * max(1, sizes.micro // group.token_count), apart=bool(sizes.sampled))
 
 
 def available(device: str) -> int:

@@ -157,10 +157,11 @@ class PolicyLearning:
         self.shaping = RewardShaping(config.shaping, config.sampling.max_tokens)
         self.reference = make_reference(model, config.model, config.reference, samples=config.roles == "textbook")
         self.actor = make_actor(model, self.algorithm, self.reward, self.reference, config)
-        self.engine = LocalEngine(sampler, config.sampling, config.engine)
+        scratch = None if config.overlap else self.actor.optimisers()["policy"].scratch
+        self.engine = LocalEngine(sampler, config.sampling, config.engine, scratch)
         self.overlap = Overlap(self._rollout_beside, self._refresh_sampler) if config.overlap else None
         greedy = config.sampling.model_copy(update={"temperature": 0.0})
-        self.greedy_engine = LocalEngine(model, greedy, config.engine)
+        self.greedy_engine = LocalEngine(model, greedy, config.engine, scratch)
 
     def step(self, step: int, guards: Guards | None = None) -> tuple[Rollout, dict[str, float]]:
         """One rollout batch: sample, score, look, assign credit, update. Returns the rollout and the metrics."""
@@ -266,7 +267,7 @@ class PolicyLearning:
         It is looked at in the very minibatches of the first inner epoch: there the ratio pi / pi_old is then exactly 1.
         refer: ask the reference (null: if there is one). ahead: it is learnt from next.
         """
-        config, batch = self.config, Batch(tuple(groups))
+        config, batch = self.config, Batch(tuple(groups), apart=True)
         refer = self.reference is not None if refer is None else refer
         pieces = batch.minibatches(config.algorithm.minibatches)
         reference = [self._refer(piece) for piece in pieces] if refer else []  # first: the policy's own pass may stay in memory

@@ -111,8 +111,8 @@ class Rounds:
         self.cursor = Cursor(len(self.prompts), min(config.prompts_per_round or len(self.prompts), len(self.prompts)), config.seed)
         self.reward = rewards.make(config.reward, device=config.model.device, policy=self.model.template, excludes=True, seed=config.seed)
         self.reference = frozen_reference(self.model, config.model)
-        self.engine = LocalEngine(self.model, config.sampling, config.engine)
         self.optimiser = Optimiser(self.model.trainable(), config.optim, 1)
+        self.engine = LocalEngine(self.model, config.sampling, config.engine, self.optimiser.scratch)
         self.guards: Guards | None = None
 
     def one(self, number: int) -> dict[str, float]:
@@ -124,7 +124,7 @@ class Rounds:
             metrics = self.guards.metrics() if self.guards else {}
             self.tracker.log(number, metrics)
             return metrics
-        chosen = Batch(tuple(group.only(kept) for group, kept in zip(sampled.groups, sampled.kept, strict=True) if kept))
+        chosen = Batch(tuple(group.only(kept) for group, kept in zip(sampled.groups, sampled.kept, strict=True) if kept), apart=True)
         if not chosen.groups:
             best = max(score.total for row in sampled.scores for score in row)
             raise RewardError(

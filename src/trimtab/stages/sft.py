@@ -40,7 +40,7 @@ def sft(config: SFTConfig, run: Path, tracker: Tracker) -> dict[str, float]:
     demonstrations = load_demonstrations(config.data, model.template)
     demonstrations.report(tracker)
     check_lengths([*demonstrations.records, *demonstrations.holdout], model.context, "a demonstration")
-    data, held_out = Batch(tuple(demonstrations.records)), Batch(tuple(demonstrations.holdout))
+    data, held_out = (Batch(tuple(records), apart=True) for records in (demonstrations.records, demonstrations.holdout))
 
     def evaluate() -> dict[str, float]:
         if not held_out.groups:

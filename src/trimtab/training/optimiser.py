@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trimtab.config import Config
 from trimtab.errors import NumericalError, RunError
 from trimtab.kernels import adamw
+from trimtab.models.scratch import Scratch
 
 
 class OptimConfig(Config):
@@ -46,17 +47,21 @@ class Optimiser:
     themselves.
 
     Where there are kernels, a bfloat16 parameter is the upper half of its value (`halves`); elsewhere it is a rounded copy of a master.
+
+    scratch: where gradients are added up, for optimisers that step in different updates; else the optimiser has its own.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, total_steps: int) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, total_steps: int, scratch: Scratch | None = None
+    ) -> None:
         self.config, self.total_steps = config, total_steps
         self.lr_factor = 1.0  # lowered by guards after a spike
         self.parameters = dict(parameters)
-        self.halves = {name: adamw.Halves(parameter) for name, parameter in self.parameters.items() if adamw.serves(parameter)}
-        self.masters = {name: _master(parameter) for name, parameter in self.parameters.items() if name not in self.halves}
+        self.scratch = scratch or Scratch(self.parameters)
+        self.sums = self.scratch.gradients(self.parameters)
+        self.halves = {name: adamw.Halves(p, self.sums[name]) for name, p in self.parameters.items() if adamw.serves(p)}
+        self.masters = {name: _master(p, self.sums.get(name)) for name, p in self.parameters.items() if name not in self.halves}
         self.copies = {name: master for name, master in self.masters.items() if master is not self.parameters[name]}
-        self.sums = {name: half.grad for name, half in self.halves.items()}
-        self.sums |= {name: master.grad for name, master in self.copies.items() if master.grad is not None}
         for name, sums in self.sums.items():
             self.parameters[name].main_grad = sums  # type: ignore[attr-defined]
             self.parameters[name].register_post_accumulate_grad_hook(_adder(sums))
@@ -155,12 +160,12 @@ class Optimiser:
             parameter.grad = None
 
 
-def _master(parameter: nn.Parameter) -> Tensor:
-    """What is stepped in a parameter's stead: itself, or a float32 copy with room for the sum of its gradients."""
-    if parameter.dtype not in (torch.bfloat16, torch.float16):
+def _master(parameter: nn.Parameter, sums: Tensor | None) -> Tensor:
+    """What is stepped in a parameter's stead: itself, or a float32 copy with the sum of its gradients."""
+    if sums is None:
         return parameter
     master = parameter.detach().float()
-    master.grad = torch.zeros_like(master)
+    master.grad = sums
     return master
 
 

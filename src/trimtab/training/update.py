@@ -75,10 +75,11 @@ class Ahead:
 
     def _look(self, batch: Batch, token_budget: int, forward: Callable[[Batch], Outputs]) -> Outputs:
         first, *rest = batch.micro_batches(token_budget)
-        outputs = forward(first)
-        self.kept = first, outputs
         with torch.no_grad():
-            return join([outputs, *(passed(micro, forward) for micro in rest)])
+            others = [passed(micro, forward) for micro in rest]  # before there is something to be kept: they take its memory
+        outputs = passed(first, forward)
+        self.kept = first, outputs
+        return join([outputs, *others])
 
     def forget(self) -> None:
         """Let go of the first part."""
@@ -90,8 +91,9 @@ class Ahead:
 
     @staticmethod
     def serves(kept: Batch, batch: Batch) -> bool:
-        """Whether two batches hold the very same groups, whatever columns they have by now."""
-        return len(kept.groups) == len(batch.groups) and all(a is b for a, b in zip(kept.groups, batch.groups, strict=True))
+        """Whether two batches hold the very same responses, whatever columns they have by now."""
+        ours, theirs = ([(len(group.responses), *map(id, group.responses)) for group in b.groups] for b in (kept, batch))
+        return ours == theirs
 
 
 def _gather(
