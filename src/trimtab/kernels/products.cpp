@@ -39,8 +39,11 @@ struct Linear {
     int out;
 };
 
-// Columns of a panel that lie side by side, for a product of this depth.
-int side_by_side(int depth) { return TILES && depth % TILE_DEPTH == 0 ? NARROW : PANEL; }
+// Whether a product of this depth is made by tiles.
+bool by_tiles(int depth) { return TILES && depth % TILE_DEPTH == 0; }
+
+// Columns of a panel that lie side by side then.
+int side_by_side(int depth) { return by_tiles(depth) ? NARROW : PANEL; }
 
 int panels_of(int columns, int size) { return (columns + size - 1) / size; }
 
@@ -128,11 +131,11 @@ void multiply_tiles(const bf16* left, long lda, int pairs, const uint32_t* right
                 });
             ahead.fetch();
             for (int r = 0; part.last && !part.stream && r < m; r++) __builtin_prefetch(part.out + (i + r) * part.stride, 1);
-            const TileLeft rows = TileLeft::rows(left + (long)i * lda, lda);
+            const bf16* rows = left + (long)i * lda;
             for (int c = 0; c < width; c += NARROW) {
                 const int n = std::min(NARROW, width - c);
-                tile_product(m, n, 2 * pairs / TILE_DEPTH, rows, right + (long)c * pairs, n, sums + c, PANEL, begun || !part.first, [&](int k) {
-                    for (int r = 0; r < m; r++) _mm_prefetch((const char*)(rows.at + r * rows.row + (k + 3) * rows.step), _MM_HINT_T0);
+                tile_product(m, n, 2 * pairs / TILE_DEPTH, TileLeft::rows(rows, lda), TileRight::tiles(right + (long)c * pairs, n), sums + c, PANEL, begun || !part.first, [=](int k) {
+                    for (int r = 0; r < TILE; r++) _mm_prefetch((const char*)(rows + r * lda + (k + 1) * TILE_DEPTH), _MM_HINT_T0);
                 });
             }
             if (part.last && part.stream)
@@ -148,7 +151,7 @@ void multiply_tiles(const bf16* left, long lda, int pairs, const uint32_t* right
 }
 
 void multiply(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, Ahead ahead) {
-    if (TILES && 2 * pairs % TILE_DEPTH == 0) return multiply_tiles(left, lda, pairs, right, count, width, part, ahead);
+    if (by_tiles(2 * pairs)) return multiply_tiles(left, lda, pairs, right, count, width, part, ahead);
     of_width(width, [&](auto vectors) {
         in_tiles<6>(count, [&](auto tile, int i) {
             __m512 sum[tile()][vectors()];
@@ -197,6 +200,12 @@ void tile_columns(const bf16* x, long stride, int count, int columns, int pairs,
         }
 }
 
+// Sums [32, 32] that are added to next.
+void fetch_block(const float* sums, long stride) {
+    for (int r = 0; r < 32; r++)
+        for (int c = 0; c < 32; c += LANES) _mm_prefetch((const char*)(sums + r * stride + c), _MM_HINT_T0);
+}
+
 // A tile of sums [8, stride] += left right; the sums are fetched while the product is made.
 template <int VECTORS> void add_tile(int pairs, const uint32_t* left, const uint32_t* right, float* sums, long stride) {
     __m512 sum[HEIGHT][VECTORS] = {};
@@ -232,7 +241,7 @@ bool long_input(const Linear& layer, int rows, int in, bf16* found) {
                 for (int column = 0; column < in; column += PANEL) {
                     const int width = std::min(PANEL, in - column);
                     const bf16* weight = layer.weight + (long)from * in + column;
-                    for (int c = 0; c < width; c += NARROW) pack_rows(weight + c, in, now, std::min(NARROW, width - c), now, right + (long)c * now / 2);
+                    for (int c = 0; c < width; c += NARROW) pack_rows(weight + c, in, now, std::min(NARROW, width - c), now, right + (long)c * now / 2, true);
                     const Ahead ahead(weight + (long)now * in, in, 2 * PANEL, then, n);
                     float* sum = sums + column / PANEL * block;
                     const Part part{from == 0, from + now == layer.out, nullptr, nullptr, sum, found + (long)row * in + column, in, false};
@@ -273,7 +282,7 @@ int linear_forward(const bf16* x, int rows, int in, const Linear* layers, int co
             const bool first = from == 0, last = from + now == in;
             for (int c = 0, most = side_by_side(now); c < width; c += most) {
                 const int side = std::min(most, width - c);
-                pack_transposed(layer.weight + (long)(column + c) * in + from, in, side, now, side, right + (long)c * now / 2);
+                pack_transposed(layer.weight + (long)(column + c) * in + from, in, side, now, side, right + (long)c * now / 2, by_tiles(now));
             }
             const float* bias = layer.bias ? layer.bias + column : nullptr;
             const Part part{first, last, bias, plus ? plus + place : nullptr, sums, layer.rows + place, layer.out, stream};
@@ -293,7 +302,7 @@ int linear_input(const Linear* layers, int count, int rows, int in, bf16* found)
             for (int from = 0; from < layer.out; from += 2 * DEPTH) {
                 const int now = std::min(2 * DEPTH, layer.out - from), after = from + now;
                 const bool first = l == 0 && from == 0, more = after < layer.out, last = !more && l == count - 1;
-                pack_rows(layer.weight + (long)from * in + column, in, now, width, now, right);
+                pack_rows(layer.weight + (long)from * in + column, in, now, width, now, right, by_tiles(now));
                 // what comes next: the rest of this layer, the next layer, or the next panel of the first one
                 const Linear& then = more ? layer : layers[last ? 0 : l + 1];
                 const int begin = more ? after : 0, place = last ? next * NARROW : column;
@@ -337,7 +346,7 @@ int linear_weight(const Linear* layers, int count, const bf16* x, int rows, int 
             const int now = std::min(2 * DEPTH, rows - row), pairs = round_up((now + 1) / 2, PAIRS);
             const auto panel = [&](int p) { return right + (long)p * WIDTH * pairs; };
 #pragma omp for schedule(static)
-            for (int p = 0; p < panels; p++) pack_rows(x + (long)row * in + p * WIDTH, in, now, std::min(WIDTH, in - p * WIDTH), 2 * pairs, panel(p));
+            for (int p = 0; p < panels; p++) pack_rows(x + (long)row * in + p * WIDTH, in, now, std::min(WIDTH, in - p * WIDTH), 2 * pairs, panel(p), TILES);
 #pragma omp for schedule(dynamic, 1)
             for (int s = 0; s < strips; s++) {
                 const Linear* layer = layers;
@@ -351,10 +360,15 @@ int linear_weight(const Linear* layers, int count, const bf16* x, int rows, int 
                 if (TILES) {
                     tile_columns(grads, layer->out, now, columns, pairs, left);
                     for (int p = 0; p < panels; p++)
-                        for (int d = p * WIDTH; d < std::min(in, (p + 1) * WIDTH); d += 32)
-                            for (int c = 0; c < columns; c += TILE)
-                                tile_product(std::min(TILE, columns - c), std::min(32, in - d), pairs / LANES,
-                                             {(const bf16*)(left + (long)c * pairs), TILE_DEPTH, TILE_ROWS * TILE_DEPTH, (long)TILE_ROWS * 2 * pairs}, panel(p) + d - p * WIDTH, std::min(WIDTH, in - p * WIDTH), sums + (long)c * in + d, in, true, [](int) {});
+                        for (int c = 0, n = std::min(WIDTH, in - p * WIDTH); c < columns; c += TILE) {
+                            const TileLeft mine{(const bf16*)(left + (long)c * pairs), TILE_DEPTH, TILE_ROWS * TILE_DEPTH, (long)TILE_ROWS * 2 * pairs};
+                            const uint32_t* theirs = panel(p);
+                            float* block = sums + (long)c * in + p * WIDTH;
+                            fetch_block(c + TILE < columns ? block + TILE * (long)in : sums + (p + 1) * WIDTH, in);
+                            tile_product(std::min(TILE, columns - c), n, pairs / LANES, mine, TileRight::tiles(theirs, n), block, in, true, [=](int k) {
+                                for (int r = 0; r < 32; r++) _mm_prefetch((const char*)(theirs + (k + 1) * LANES * 32 + r * LANES), _MM_HINT_T0);
+                            });
+                        }
                     continue;
                 }
                 pack_columns(grads, layer->out, now, columns, pairs, left);

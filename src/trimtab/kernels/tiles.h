@@ -68,13 +68,22 @@ struct TileLeft {
     static TileLeft rows(const uint16_t* x, long stride) { return {x, stride, TILE_DEPTH, TILE_ROWS * stride}; }
 };
 
+// A right side in pairs of rows: where it begins, and how far it is to the next pair, to the next 32 rows and to the right tile.
+struct TileRight {
+    const uint32_t* at;
+    long row, step, right;
+    static TileRight rows(const uint32_t* x, long stride) { return {x, stride, TILE_DEPTH / 2 * stride, TILE_ROWS}; }
+    // One tile after another: [depth / 32][width / 16][16, 16].
+    static TileRight tiles(const uint32_t* x, int width) { return {x, TILE_ROWS, TILE_DEPTH / 2 * width, TILE_ROWS * TILE_ROWS}; }
+};
+
 #ifdef __AMX_BF16__
 // c [16 or fewer rows x DOWN, 16 ACROSS] (+)= a b for `steps` times 32 numbers. between(k) is called before each.
 template <int DOWN, int ACROSS, typename F>
-inline void tile_block(int steps, TileLeft a, const uint32_t* b, long ldb, float* c, long ldc, bool add, F between) {
+inline void tile_block(int steps, TileLeft a, TileRight b, float* c, long ldc, bool add, F between) {
     constexpr bool low = DOWN == 2, right = ACROSS == 2;
     float* under = c + TILE_ROWS * ldc;
-    const long a_bytes = a.row * 2, b_bytes = ldb * 4, c_bytes = ldc * 4;
+    const long a_bytes = a.row * 2, b_bytes = b.row * 4, c_bytes = ldc * 4;
     written();
     if (add) {
         _tile_loadd(0, c, c_bytes);
@@ -87,13 +96,13 @@ inline void tile_block(int steps, TileLeft a, const uint32_t* b, long ldb, float
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int k = 0; k < steps; k++, a.at += a.step, b += TILE_DEPTH / 2 * ldb) {
+    for (int k = 0; k < steps; k++, a.at += a.step, b.at += b.step) {
         between(k);
-        _tile_loadd(6, b, b_bytes);
+        _tile_loadd(6, b.at, b_bytes);
         _tile_loadd(4, a.at, a_bytes);
         _tile_dpbf16ps(0, 4, 6);
         if (right) {
-            _tile_loadd(7, b + 16, b_bytes);
+            _tile_loadd(7, b.at + b.right, b_bytes);
             _tile_dpbf16ps(1, 4, 7);
         }
         if (low) {
@@ -111,13 +120,13 @@ inline void tile_block(int steps, TileLeft a, const uint32_t* b, long ldb, float
 
 // c [m, n] (+)= a [m, 32 steps] b [32 steps, n], m and n at most 32, n a multiple of 16.
 template <typename F>
-inline void tile_product(int m, int n, int steps, const TileLeft& a, const uint32_t* b, long ldb, float* c, long ldc, bool add, F between) {
+inline void tile_product(int m, int n, int steps, const TileLeft& a, const TileRight& b, float* c, long ldc, bool add, F between) {
 #ifdef __AMX_BF16__
     const int upper = std::min(m, TILE_ROWS), lower = m - upper;
     Tiles::rows(upper, lower);
     if (lower)
-        n > 16 ? tile_block<2, 2>(steps, a, b, ldb, c, ldc, add, between) : tile_block<2, 1>(steps, a, b, ldb, c, ldc, add, between);
+        n > 16 ? tile_block<2, 2>(steps, a, b, c, ldc, add, between) : tile_block<2, 1>(steps, a, b, c, ldc, add, between);
     else
-        n > 16 ? tile_block<1, 2>(steps, a, b, ldb, c, ldc, add, between) : tile_block<1, 1>(steps, a, b, ldb, c, ldc, add, between);
+        n > 16 ? tile_block<1, 2>(steps, a, b, c, ldc, add, between) : tile_block<1, 1>(steps, a, b, c, ldc, add, between);
 #endif
 }

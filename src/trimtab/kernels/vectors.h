@@ -130,7 +130,7 @@ inline void product(int m, int n, int pairs, const bf16* a, long lda, const uint
     if (TILES && 2 * pairs % TILE_DEPTH == 0) {
         for (int j = 0; j < n; j += 32)
             for (int i = 0; i < m; i += 32)
-                tile_product(std::min(32, m - i), std::min(32, n - j), 2 * pairs / TILE_DEPTH, TileLeft::rows(a + i * lda, lda), b + j, ldb, c + i * ldc + j, ldc, add, [](int) {});
+                tile_product(std::min(32, m - i), std::min(32, n - j), 2 * pairs / TILE_DEPTH, TileLeft::rows(a + i * lda, lda), TileRight::rows(b + j, ldb), c + i * ldc + j, ldc, add, [](int) {});
         return;
     }
     for (; n >= 64; n -= 64, b += 64, c += 64) product_columns<4>(m, pairs, a, lda, b, ldb, c, ldc, add);
@@ -157,14 +157,16 @@ inline void transpose(__m512i r[16]) {
 }
 
 // Rows [count, dim] as the right side x^T: [dim / 2, width], a pair of neighbours of one row in every lane. Beyond `count`: zeros.
-inline void pack_transposed(const bf16* x, long stride, int count, int dim, int width, uint32_t* to) {
+// tiled: in the order of TileRight::tiles.
+inline void pack_transposed(const bf16* x, long stride, int count, int dim, int width, uint32_t* to, bool tiled = false) {
+    const long column = tiled ? LANES : 1, line = tiled ? LANES : width;
     for (int row = 0; row < width; row += LANES)
         for (int pair = 0; pair < dim / 2; pair += LANES) {
             const __mmask16 real = first_lanes(dim / 2 - pair);
             __m512i r[16];
             for (int i = 0; i < 16; i++) r[i] = row + i < count ? _mm512_maskz_loadu_epi32(real, x + (row + i) * stride + 2 * pair) : _mm512_setzero_si512();
             transpose(r);
-            for (int i = 0; i < std::min(16, dim / 2 - pair); i++) _mm512_storeu_si512(to + (long)(pair + i) * width + row, r[i]);
+            for (int i = 0; i < std::min(16, dim / 2 - pair); i++) _mm512_storeu_si512(to + (long)pair * width + row * column + i * line, r[i]);
         }
 }
 
@@ -182,8 +184,10 @@ inline void column_pairs(const bf16* x, long stride, int row, int count, __m512i
     transpose(r);
 }
 
-// Rows [count, dim] as the right side x: [width / 2, dim], rows 2 i and 2 i + 1 in every lane. Beyond `count`: zeros.
-inline void pack_rows(const bf16* x, long stride, int count, int dim, int width, uint32_t* to) {
-    for (int row = 0; row < width; row += 2)
-        for (int d = 0; d < dim; d += LANES) _mm512_storeu_si512(to + (long)row / 2 * dim + d, row_pair(x + d, stride, row, count));
+// Rows [count, dim] as the right side x: [width / 2, dim], rows 2 i and 2 i + 1 in every lane. Beyond `count`: zeros. tiled: as above.
+inline void pack_rows(const bf16* x, long stride, int count, int dim, int width, uint32_t* to, bool tiled = false) {
+    for (int pair = 0; pair < width / 2; pair++) {
+        uint32_t* line = to + (tiled ? (long)(pair & -LANES) * dim + pair % LANES * LANES : (long)pair * dim);
+        for (int d = 0; d < dim; d += LANES) _mm512_storeu_si512(line + (tiled ? d * LANES : d), row_pair(x + d, stride, 2 * pair, count));
+    }
 }
