@@ -132,11 +132,6 @@ void turn(float* x, int dim, const float* weight, float eps, const float* cos, c
     }
 }
 
-inline __m512 silu(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1);
-    return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
-
 // Rows that share a prompt: places first .. first + count - 1 of the order.
 struct Chunk {
     int first, count;

@@ -17,11 +17,6 @@ template <typename F> void each_block(int rows, F f) {
     for (int b = 0; b < blocks; b++) f(b, b * BLOCK, std::min(rows, (b + 1) * BLOCK));
 }
 
-inline __m512 sigmoid(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_max_ps(x, _mm512_set1_ps(-100))))));
-}
-
 }  // namespace
 
 extern "C" {
@@ -74,8 +69,7 @@ void rms_norm_backward(const bf16* x, const bf16* w, const float* inverse, const
 void swiglu_forward(const bf16* gate, const bf16* up, int rows, int width, bf16* y) {
     each_block(rows, [&](int, int from, int to) {
         for (long d = (long)from * width; d < (long)to * width; d += LANES) {
-            const __m512 g = load(gate + d);
-            store(y + d, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), load(up + d)));
+            store(y + d, _mm512_mul_ps(silu(load(gate + d)), load(up + d)));
         }
     });
 }

@@ -70,12 +70,14 @@ def layer(
 
     Where a weight carries `main_grad` (see training.optimiser) its gradient is added there, and autograd hears of none.
     """
-    return _Layer.apply(x, cos.contiguous(), sin.contiguous(), seen, setting, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    return _Layer.apply(x, cos.contiguous(), sin.contiguous(), seen, setting, torch.is_grad_enabled(), *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, seen: Sequences | Attend, setting: Setting, *parameters: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, seen: Sequences | Attend, setting: Setting, learning: bool, *parameters: Any
+    ) -> Tensor:
         p, dim = Parameters(*parameters), setting.dim
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         read, _ = elementwise.norm(rows, p.before, setting.before_eps)
@@ -92,8 +94,8 @@ class _Layer(torch.autograd.Function):
         attended = attended.reshape(len(rows), -1)
         (u,) = products.outputs(attended, (p.out,), (p.out_bias,), rows)
         read, _ = elementwise.norm(u, p.between, setting.between_eps)
-        gate, up = products.outputs(read, (p.gate, p.up), (p.gate_bias, p.up_bias))
-        (y,) = products.outputs(elementwise.gated(gate, up), (p.down,), (p.down_bias,), u)
+        inner, gate, up = products.gated(read, (p.gate, p.up), (p.gate_bias, p.up_bias), kept=learning)
+        (y,) = products.outputs(inner, (p.down,), (p.down_bias,), u)
         unturned = raw[:2] if p.query_norm is not None else (None, None)
         ctx.save_for_backward(rows, cos, sin, q, k, v, lse, attended, u, gate, up, *unturned, *parameters)
         ctx.seen, ctx.setting, ctx.shape = seen, setting, x.shape
@@ -104,7 +106,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         rows, cos, sin, q, k, v, lse, attended, u, gate, up, raw_q, raw_k, *parameters = ctx.saved_tensors
         p, setting = Parameters(*parameters), ctx.setting
-        learn = _Learnt(p, Parameters(*ctx.needs_input_grad[5:]), ctx.sinks)
+        learn = _Learnt(p, Parameters(*ctx.needs_input_grad[6:]), ctx.sinks)
         grad = grads[0].reshape(rows.shape).contiguous()
 
         inner = products.input_gradient([grad], [p.down])
@@ -124,7 +126,7 @@ class _Layer(torch.autograd.Function):
         read, inverse = elementwise.norm(rows, p.before, setting.before_eps)
         learn.linear(read, query=flat[0], key=flat[1], value=flat[2])
         by_x = learn.norm("before", rows, inverse, products.input_gradient(flat, [p.query, p.key, p.value]), by_u)
-        return by_x.view(ctx.shape), None, None, None, None, *(learn.found.get(name) for name in Parameters._fields)
+        return by_x.view(ctx.shape), None, None, None, None, None, *(learn.found.get(name) for name in Parameters._fields)
 
 
 class _Learnt:

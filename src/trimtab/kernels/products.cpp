@@ -2,6 +2,8 @@
 //
 //     y = x W^T + b,    dx = g W,    dW += g^T x        x [rows, in], W [out, in], g [rows, out]; in and out are multiples of 16
 //
+// and z = silu(x G^T + b) * (x U^T + c), whose factors need not be written down.
+//
 // Layers that read the same rows are taken together: their outputs in one pass over x, the sum of their gradients in one over dx.
 //
 // The right side lies in panels of columns, which stay in the second-level cache while the rows of the left side pass by; tiles of sums
@@ -55,9 +57,15 @@ template <typename F> void of_width(int width, F f) {
     if (width == 16) f(std::integral_constant<int, 1>());
 }
 
-// Runs f(first row, rows, panel, memory for the right side, for sums, this thread's next panel or -1) for all parts of the rows and all
-// panels; false if memory ran out.
-template <typename F> bool each_part(int rows, int panels, F f) {
+// What a thread has for a task: room for the right side, for sums, and for `beside` numbers of each row.
+struct Room {
+    uint32_t* right;
+    float* sums;
+    bf16* beside;
+};
+
+// Runs f(first row, rows, panel, room, this thread's next panel or -1) for all parts of the rows and all panels; false if memory ran out.
+template <typename F> bool each_part(int rows, int panels, int beside, F f) {
     const int busy = (2 * omp_get_max_threads() + panels - 1) / panels;
     const int parts = std::max({1, (rows + ROWS - 1) / ROWS, std::min(busy, rows / 32)}), part = std::max(TILE, round_up((rows + parts - 1) / parts, TILE));
     const int tasks = (rows + part - 1) / part * panels;
@@ -66,13 +74,13 @@ template <typename F> bool each_part(int rows, int panels, F f) {
 #pragma omp parallel
     try {
         const Tiles tiles;
-        scratch.begin(Scratch::padded<uint32_t>((size_t)DEPTH * PANEL) + Scratch::padded<float>((size_t)part * PANEL));
-        uint32_t* right = scratch.take<uint32_t>((size_t)DEPTH * PANEL);
-        float* sums = scratch.take<float>((size_t)part * PANEL);
+        const size_t right = (size_t)DEPTH * PANEL, sums = (size_t)part * PANEL, more = (size_t)part * beside;
+        scratch.begin(Scratch::padded<uint32_t>(right) + Scratch::padded<float>(sums) + Scratch::padded<bf16>(more));
+        const Room room{scratch.take<uint32_t>(right), scratch.take<float>(sums), scratch.take<bf16>(more)};
         const int late = tasks - 2 * omp_get_num_threads();  // from here on no task is taken before it can be begun
         for (int task = taken++; task < tasks;) {
             const int row = task / panels * part, then = task < late ? taken++ : -1;
-            f(row, std::min(part, rows - row), task % panels, right, sums, then < 0 ? -1 : then % panels);
+            f(row, std::min(part, rows - row), task % panels, room, then < 0 ? -1 : then % panels);
             task = then < 0 ? taken++ : then;
         }
     } catch (const std::bad_alloc&) {
@@ -178,6 +186,35 @@ void multiply(const bf16* left, long lda, int pairs, const uint32_t* right, int 
     });
 }
 
+// Rows of x [rows, in], and outputs of a layer for them: `width` columns from `column` on, which are written to `out`.
+struct Outputs {
+    const bf16* x;
+    int rows, in, column, width;
+    const bf16* plus;
+    bf16* out;
+    long stride;  // of plus and out
+    bool stream;
+};
+
+void make(const Outputs& y, const Linear& layer, const Room& room, const Ahead& ahead) {
+    for (int from = 0; from < y.in; from += 2 * DEPTH) {
+        const int now = std::min(2 * DEPTH, y.in - from);
+        const bool first = from == 0, last = from + now == y.in;
+        for (int c = 0, most = side_by_side(now); c < y.width; c += most) {
+            const int side = std::min(most, y.width - c);
+            pack_transposed(layer.weight + (long)(y.column + c) * y.in + from, y.in, side, now, side, room.right + (long)c * now / 2, by_tiles(now));
+        }
+        const Part part{first, last, layer.bias ? layer.bias + y.column : nullptr, y.plus, room.sums, y.out, y.stride, y.stream};
+        multiply(y.x + from, y.in, now / 2, room.right, y.rows, y.width, part, last ? ahead : Ahead(nullptr, 0, 0, 0, y.rows));
+    }
+    if (y.stream) _mm_sfence();
+}
+
+// What fetches the weights of a panel `size` wide of a layer [out, in], while `rows` rows are multiplied.
+Ahead panel_ahead(const Linear& layer, int panel, int size, int in, int rows) {
+    return {layer.weight + (long)panel * size * in, 32, 64, std::min(size, layer.out - panel * size) * in / 32, rows};
+}
+
 // Columns of rows [count, columns] as a left side: tiles of 8 columns, each [pairs, 8] with rows 2 k and 2 k + 1 in every lane. Beyond `count`: zeros.
 void pack_columns(const bf16* x, long stride, int count, int columns, int pairs, uint32_t* to) {
     for (int k = 0; k < pairs; k++)
@@ -271,45 +308,55 @@ int linear_forward(const bf16* x, int rows, int in, const Linear* layers, int co
         for (; panel >= panels_of(layer->out, size); layer++) panel -= panels_of(layer->out, size);
         return *layer;
     };
-    return !each_part(rows, panels, [&](int row, int n, int panel, uint32_t* right, float* sums, int next) {
+    return !each_part(rows, panels, 0, [&](int row, int n, int panel, const Room& room, int next) {
         const Linear &layer = layer_of(panel), &then = next < 0 ? layer : layer_of(next);
         const int column = panel * size, width = std::min(size, layer.out - column);
         const long place = (long)row * layer.out + column;
-        const int lines = next < 0 ? 0 : std::min(size, then.out - next * size) * in / 32;
-        const Ahead ahead(then.weight + (long)next * size * in, 32, 64, lines, n);
-        for (int from = 0; from < in; from += 2 * DEPTH) {
-            const int now = std::min(2 * DEPTH, in - from);
-            const bool first = from == 0, last = from + now == in;
-            for (int c = 0, most = side_by_side(now); c < width; c += most) {
-                const int side = std::min(most, width - c);
-                pack_transposed(layer.weight + (long)(column + c) * in + from, in, side, now, side, right + (long)c * now / 2, by_tiles(now));
-            }
-            const float* bias = layer.bias ? layer.bias + column : nullptr;
-            const Part part{first, last, bias, plus ? plus + place : nullptr, sums, layer.rows + place, layer.out, stream};
-            multiply(x + (long)row * in + from, in, now / 2, right, n, width, part, last ? ahead : Ahead(nullptr, 0, 0, 0, n));
+        const Outputs made{x + (long)row * in, n, in, column, width, plus ? plus + place : nullptr, layer.rows + place, layer.out, stream};
+        make(made, layer, room, next < 0 ? Ahead(nullptr, 0, 0, 0, n) : panel_ahead(then, next, size, in, n));
+    });
+}
+
+// z [rows, out] = silu(y_0) * y_1 with y_l as above, of two layers of one size; y_l is written where layer l has rows (not null).
+int linear_gated(const bf16* x, int rows, int in, const Linear* layers, bf16* z) {
+    const int out = layers->out;
+    return !each_part(rows, panels_of(out, NARROW), 2 * NARROW, [&](int row, int n, int panel, const Room& room, int next) {
+        const int column = panel * NARROW, width = std::min(NARROW, out - column);
+        const long place = (long)row * out + column;
+        bf16* made[2];
+        long stride[2];
+        for (int l = 0; l < 2; l++) {
+            const bool kept = layers[l].rows != nullptr;
+            made[l] = kept ? layers[l].rows + place : room.beside + (long)l * n * NARROW;
+            stride[l] = kept ? out : NARROW;
+            const bool more = l == 0 || next >= 0;
+            const Ahead ahead = more ? panel_ahead(layers[1 - l], l == 0 ? panel : next, NARROW, in, n) : Ahead(nullptr, 0, 0, 0, n);
+            make({x + (long)row * in, n, in, column, width, nullptr, made[l], stride[l], false}, layers[l], room, ahead);
         }
-        if (stream) _mm_sfence();
+        for (int r = 0; r < n; r++)
+            for (int c = 0; c < width; c += LANES)
+                store(z + place + (long)r * out + c, _mm512_mul_ps(silu(load(made[0] + r * stride[0] + c)), load(made[1] + r * stride[1] + c)));
     });
 }
 
 // dx [rows, in] = sum_l g_l W_l
 int linear_input(const Linear* layers, int count, int rows, int in, bf16* found) {
     if (TILES && count == 1 && layers->out >= LONG && layers->out % TILE_DEPTH == 0) return !long_input(*layers, rows, in, found);
-    return !each_part(rows, panels_of(in, NARROW), [&](int row, int n, int panel, uint32_t* right, float* sums, int next) {
+    return !each_part(rows, panels_of(in, NARROW), 0, [&](int row, int n, int panel, const Room& room, int next) {
         const int column = panel * NARROW, width = std::min(NARROW, in - column);
         for (int l = 0; l < count; l++) {
             const Linear& layer = layers[l];
             for (int from = 0; from < layer.out; from += 2 * DEPTH) {
                 const int now = std::min(2 * DEPTH, layer.out - from), after = from + now;
                 const bool first = l == 0 && from == 0, more = after < layer.out, last = !more && l == count - 1;
-                pack_rows(layer.weight + (long)from * in + column, in, now, width, now, right, by_tiles(now));
+                pack_rows(layer.weight + (long)from * in + column, in, now, width, now, room.right, by_tiles(now));
                 // what comes next: the rest of this layer, the next layer, or the next panel of the first one
                 const Linear& then = more ? layer : layers[last ? 0 : l + 1];
                 const int begin = more ? after : 0, place = last ? next * NARROW : column;
                 const int lines = last && next < 0 ? 0 : std::min(2 * DEPTH, then.out - begin);
                 const Ahead ahead(then.weight + (long)begin * in + place, in, 2 * NARROW, lines, n);
-                const Part part{first, last, nullptr, nullptr, sums, found + (long)row * in + column, in, false};
-                multiply(layer.rows + (long)row * layer.out + from, layer.out, now / 2, right, n, width, part, ahead);
+                const Part part{first, last, nullptr, nullptr, room.sums, found + (long)row * in + column, in, false};
+                multiply(layer.rows + (long)row * layer.out + from, layer.out, now / 2, room.right, n, width, part, ahead);
             }
         }
     });

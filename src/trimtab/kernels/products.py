@@ -54,6 +54,22 @@ def outputs(
     return outs
 
 
+def gated(
+    x: Float[Tensor, "rows in"],
+    weights: tuple[Float[Tensor, "inner in"], Float[Tensor, "inner in"]],
+    biases: tuple[Float[Tensor, " inner"] | None, Float[Tensor, " inner"] | None],
+    *,
+    kept: bool,
+) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows inner"] | None, Float[Tensor, "rows inner"] | None]:
+    """silu(y_0) * y_1 with y_l = x W_l^T + b_l rounded to bfloat16; and both y, if they are kept."""
+    made = x.new_empty(len(x), len(weights[0]))
+    both = (torch.empty_like(made), torch.empty_like(made)) if kept else (None, None)
+    whole = [None if bias is None else bias.float() for bias in biases]
+    layers = _layers(both, weights=weights, biases=whole)
+    kernels.checked(kernels.loaded().linear_gated(kernels.address(x), *x.shape, layers, kernels.address(made)))
+    return made, *both
+
+
 def input_gradient(grads: Sequence[Float[Tensor, "rows _"]], weights: Sequence[Float[Tensor, "_ in"]]) -> Float[Tensor, "rows in"]:
     """sum_l g_l W_l"""
     found = grads[0].new_empty(len(grads[0]), weights[0].shape[1])
@@ -92,7 +108,7 @@ def parameter_gradients(
 
 
 def _layers(
-    rows: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
     *,
     weights: Sequence[Tensor] | None = None,
     biases: Sequence[Tensor | None] | None = None,
@@ -104,9 +120,8 @@ def _layers(
         tensor = None if tensors is None else tensors[i]
         return None if tensor is None else tensor.data_ptr()
 
-    return (_Layer * len(rows))(
-        *(_Layer(place(weights, i), place(biases, i), y.data_ptr(), place(sums, i), y.shape[1]) for i, y in enumerate(rows))
-    )
+    outs = [len(weight) for weight in weights or sums or ()]
+    return (_Layer * len(rows))(*(_Layer(*(place(kind, i) for kind in (weights, biases, rows, sums)), out) for i, out in enumerate(outs)))
 
 
 class _Linear(torch.autograd.Function):

@@ -58,6 +58,13 @@ inline __m512 hyperbolic_tangent(__m512 x) {
     return _mm512_div_ps(_mm512_sub_ps(e, one), _mm512_add_ps(e, one));
 }
 
+inline __m512 sigmoid(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_max_ps(x, _mm512_set1_ps(-100))))));
+}
+
+inline __m512 silu(__m512 x) { return _mm512_mul_ps(x, sigmoid(x)); }
+
 // Memory that a thread keeps for its next task, aligned to a cache line.
 class Scratch {
   public:
