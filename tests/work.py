@@ -49,12 +49,12 @@ class Work(TorchDispatchMode):
     def _counting(self, product: Callable[..., Any]) -> Callable[..., Any]:
         """A product of our own, counted: of rows, or of a list of them, and of weights or their gradients."""
 
-        def counted(rows: torch.Tensor | list[torch.Tensor], *others: Any, **options: Any) -> Any:
+        def counted(rows: torch.Tensor | list[torch.Tensor], *others: Any) -> Any:
             weights = others[1] if product is self.plain["add_weight_gradients"] else others[0]
             count = len(rows) if isinstance(rows, torch.Tensor) else len(rows[0])
             for weight in weights:
                 self._add(2 * count * weight.numel(), set(weight.shape))
-            return product(rows, *others, **options)
+            return product(rows, *others)
 
         return counted
 

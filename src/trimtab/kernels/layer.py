@@ -94,7 +94,12 @@ class _Layer(torch.autograd.Function):
         attended = attended.reshape(len(rows), -1)
         (u,) = products.outputs(attended, (p.out,), (p.out_bias,), rows)
         read, _ = elementwise.norm(u, p.between, setting.between_eps)
-        inner, gate, up = products.gated(read, (p.gate, p.up), (p.gate_bias, p.up_bias), kept=learning)
+        gate = up = None
+        if learning:
+            gate, up = products.outputs(read, (p.gate, p.up), (p.gate_bias, p.up_bias))
+            inner = elementwise.gated(gate, up)
+        else:
+            inner = products.gated(read, (p.gate, p.up), (p.gate_bias, p.up_bias))
         (y,) = products.outputs(inner, (p.down,), (p.down_bias,), u)
         unturned = raw[:2] if p.query_norm is not None else (None, None)
         ctx.save_for_backward(rows, cos, sin, q, k, v, lse, attended, u, gate, up, *unturned, *parameters)

@@ -2,7 +2,7 @@
 //
 //     y = x W^T + b,    dx = g W,    dW += g^T x        x [rows, in], W [out, in], g [rows, out]; in and out are multiples of 16
 //
-// and z = silu(x G^T + b) * (x U^T + c), whose factors need not be written down.
+// and z = silu(x G^T + b) * (x U^T + c), whose factors are not written down.
 //
 // Layers that read the same rows are taken together: their outputs in one pass over x, the sum of their gradients in one over dx.
 //
@@ -210,9 +210,9 @@ void make(const Outputs& y, const Linear& layer, const Room& room, const Ahead& 
     if (y.stream) _mm_sfence();
 }
 
-// What fetches the weights of a panel `size` wide of a layer [out, in], while `rows` rows are multiplied.
+// What fetches the weights of a panel `size` wide of a layer [out, in], while `rows` rows are multiplied. Of panel -1 there is nothing.
 Ahead panel_ahead(const Linear& layer, int panel, int size, int in, int rows) {
-    return {layer.weight + (long)panel * size * in, 32, 64, std::min(size, layer.out - panel * size) * in / 32, rows};
+    return {layer.weight + (long)panel * size * in, 32, 64, panel < 0 ? 0 : std::min(size, layer.out - panel * size) * in / 32, rows};
 }
 
 // Columns of rows [count, columns] as a left side: tiles of 8 columns, each [pairs, 8] with rows 2 k and 2 k + 1 in every lane. Beyond `count`: zeros.
@@ -313,29 +313,22 @@ int linear_forward(const bf16* x, int rows, int in, const Linear* layers, int co
         const int column = panel * size, width = std::min(size, layer.out - column);
         const long place = (long)row * layer.out + column;
         const Outputs made{x + (long)row * in, n, in, column, width, plus ? plus + place : nullptr, layer.rows + place, layer.out, stream};
-        make(made, layer, room, next < 0 ? Ahead(nullptr, 0, 0, 0, n) : panel_ahead(then, next, size, in, n));
+        make(made, layer, room, panel_ahead(then, next, size, in, n));
     });
 }
 
-// z [rows, out] = silu(y_0) * y_1 with y_l as above, of two layers of one size; y_l is written where layer l has rows (not null).
+// z [rows, out] = silu(y_0) * y_1 with y_l = x W_l^T + b_l, for two layers of one size
 int linear_gated(const bf16* x, int rows, int in, const Linear* layers, bf16* z) {
     const int out = layers->out;
     return !each_part(rows, panels_of(out, NARROW), 2 * NARROW, [&](int row, int n, int panel, const Room& room, int next) {
         const int column = panel * NARROW, width = std::min(NARROW, out - column);
-        const long place = (long)row * out + column;
-        bf16* made[2];
-        long stride[2];
-        for (int l = 0; l < 2; l++) {
-            const bool kept = layers[l].rows != nullptr;
-            made[l] = kept ? layers[l].rows + place : room.beside + (long)l * n * NARROW;
-            stride[l] = kept ? out : NARROW;
-            const bool more = l == 0 || next >= 0;
-            const Ahead ahead = more ? panel_ahead(layers[1 - l], l == 0 ? panel : next, NARROW, in, n) : Ahead(nullptr, 0, 0, 0, n);
-            make({x + (long)row * in, n, in, column, width, nullptr, made[l], stride[l], false}, layers[l], room, ahead);
-        }
+        const bf16* mine = x + (long)row * in;
+        bf16 *gate = room.beside, *up = gate + (long)n * NARROW;
+        make({mine, n, in, column, width, nullptr, gate, NARROW, false}, layers[0], room, panel_ahead(layers[1], panel, NARROW, in, n));
+        make({mine, n, in, column, width, nullptr, up, NARROW, false}, layers[1], room, panel_ahead(layers[0], next, NARROW, in, n));
         for (int r = 0; r < n; r++)
             for (int c = 0; c < width; c += LANES)
-                store(z + place + (long)r * out + c, _mm512_mul_ps(silu(load(made[0] + r * stride[0] + c)), load(made[1] + r * stride[1] + c)));
+                store(z + (long)(row + r) * out + column + c, _mm512_mul_ps(silu(load(gate + r * NARROW + c)), load(up + r * NARROW + c)));
     });
 }
 

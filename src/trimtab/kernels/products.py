@@ -58,16 +58,12 @@ def gated(
     x: Float[Tensor, "rows in"],
     weights: tuple[Float[Tensor, "inner in"], Float[Tensor, "inner in"]],
     biases: tuple[Float[Tensor, " inner"] | None, Float[Tensor, " inner"] | None],
-    *,
-    kept: bool,
-) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows inner"] | None, Float[Tensor, "rows inner"] | None]:
-    """silu(y_0) * y_1 with y_l = x W_l^T + b_l rounded to bfloat16; and both y, if they are kept."""
-    made = x.new_empty(len(x), len(weights[0]))
-    both = (torch.empty_like(made), torch.empty_like(made)) if kept else (None, None)
-    whole = [None if bias is None else bias.float() for bias in biases]
-    layers = _layers(both, weights=weights, biases=whole)
+) -> Float[Tensor, "rows inner"]:
+    """silu(y_0) * y_1 with y_l = x W_l^T + b_l rounded to bfloat16, which are not written down."""
+    made, whole = x.new_empty(len(x), len(weights[0])), [None if bias is None else bias.float() for bias in biases]
+    layers = _layers((None, None), weights=weights, biases=whole)
     kernels.checked(kernels.loaded().linear_gated(kernels.address(x), *x.shape, layers, kernels.address(made)))
-    return made, *both
+    return made
 
 
 def input_gradient(grads: Sequence[Float[Tensor, "rows _"]], weights: Sequence[Float[Tensor, "_ in"]]) -> Float[Tensor, "rows in"]:
