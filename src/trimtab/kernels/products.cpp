@@ -20,12 +20,12 @@ namespace {
 
 constexpr int DEPTH = 1024;                           // pairs of rows of a panel that are laid at a time
 constexpr int PANEL = 64, TILE = TILES ? 32 : 6;      // outputs: most columns of a panel, rows of a tile,
-constexpr int NARROW = TILES ? 32 : PANEL;            // columns of a panel whose outputs a cache holds,
+constexpr int NARROW = TILES ? 32 : PANEL;            // columns of it that lie side by side,
 constexpr int ROWS = TILES ? 1024 : 512;              // most rows of a task
 constexpr int WIDTH = TILES ? 32 : 48, HEIGHT = 8;    // gradients of weights: columns of a panel, rows of a tile,
 constexpr int STRIP = 96;                             // most columns of g of a task,
 constexpr int PAIRS = TILES ? LANES : 1;              // what pairs of its rows are filled up to
-constexpr long LARGE = 1 << 23;                       // outputs that no cache holds
+constexpr long LARGE = 1 << 19;                       // outputs that tiles write past the caches
 constexpr int LONG = 1 << 14;                         // numbers of a row so long that lines of a column meet in few places of a cache:
 constexpr int WIDE_STRIP = TILES ? 256 : STRIP;       // most columns of g of a task then,
 constexpr int CHUNK = 512, SUMS = 1 << 17;            // columns of g that are brought together, sums of a task
@@ -48,6 +48,9 @@ bool by_tiles(int depth) { return TILES && depth % TILE_DEPTH == 0; }
 int side_by_side(int depth) { return by_tiles(depth) ? NARROW : PANEL; }
 
 int panels_of(int columns, int size) { return (columns + size - 1) / size; }
+
+// Whether parts of these rows, a panel wide, are whole lines of a cache.
+bool whole_lines(const bf16* rows, int columns) { return TILES && columns % PANEL == 0 && (uintptr_t)rows % 64 == 0; }
 
 // f(constant number of vectors) for a panel of 16, 32, 48 or 64 columns.
 template <typename F> void of_width(int width, F f) {
@@ -210,9 +213,9 @@ void make(const Outputs& y, const Linear& layer, const Room& room, const Ahead& 
     if (y.stream) _mm_sfence();
 }
 
-// What fetches the weights of a panel `size` wide of a layer [out, in], while `rows` rows are multiplied. Of panel -1 there is nothing.
-Ahead panel_ahead(const Linear& layer, int panel, int size, int in, int rows) {
-    return {layer.weight + (long)panel * size * in, 32, 64, panel < 0 ? 0 : std::min(size, layer.out - panel * size) * in / 32, rows};
+// What fetches the weights of a panel of a layer [out, in], while `rows` rows are multiplied. Of panel -1 there is nothing.
+Ahead panel_ahead(const Linear& layer, int panel, int in, int rows) {
+    return {layer.weight + (long)panel * PANEL * in, 32, 64, panel < 0 ? 0 : std::min(PANEL, layer.out - panel * PANEL) * in / 32, rows};
 }
 
 // Columns of rows [count, columns] as a left side: tiles of 8 columns, each [pairs, 8] with rows 2 k and 2 k + 1 in every lane. Beyond `count`: zeros.
@@ -299,59 +302,64 @@ extern "C" {
 
 // y_l [rows, out_l] = x W_l^T + b_l + plus for all layers l; plus may be null.
 int linear_forward(const bf16* x, int rows, int in, const Linear* layers, int count, const bf16* plus) {
-    const bool stream = TILES && in % TILE_DEPTH == 0 && count == 1 && (long)rows * layers->out > LARGE && layers->out % PANEL == 0 && (uintptr_t)layers->rows % 64 == 0;
-    const int size = stream ? PANEL : NARROW;
+    long outs = 0;
+    bool stream = by_tiles(in);
+    for (int l = 0; l < count; l++) outs += layers[l].out, stream = stream && whole_lines(layers[l].rows, layers[l].out);
+    stream = stream && rows * outs > LARGE;
     int panels = 0;
-    for (int l = 0; l < count; l++) panels += panels_of(layers[l].out, size);
+    for (int l = 0; l < count; l++) panels += panels_of(layers[l].out, PANEL);
     const auto layer_of = [&](int& panel) -> const Linear& {
         const Linear* layer = layers;
-        for (; panel >= panels_of(layer->out, size); layer++) panel -= panels_of(layer->out, size);
+        for (; panel >= panels_of(layer->out, PANEL); layer++) panel -= panels_of(layer->out, PANEL);
         return *layer;
     };
     return !each_part(rows, panels, 0, [&](int row, int n, int panel, const Room& room, int next) {
         const Linear &layer = layer_of(panel), &then = next < 0 ? layer : layer_of(next);
-        const int column = panel * size, width = std::min(size, layer.out - column);
+        const int column = panel * PANEL, width = std::min(PANEL, layer.out - column);
         const long place = (long)row * layer.out + column;
         const Outputs made{x + (long)row * in, n, in, column, width, plus ? plus + place : nullptr, layer.rows + place, layer.out, stream};
-        make(made, layer, room, panel_ahead(then, next, size, in, n));
+        make(made, layer, room, panel_ahead(then, next, in, n));
     });
 }
 
 // z [rows, out] = silu(y_0) * y_1 with y_l = x W_l^T + b_l, for two layers of one size
 int linear_gated(const bf16* x, int rows, int in, const Linear* layers, bf16* z) {
     const int out = layers->out;
-    return !each_part(rows, panels_of(out, NARROW), 2 * NARROW, [&](int row, int n, int panel, const Room& room, int next) {
-        const int column = panel * NARROW, width = std::min(NARROW, out - column);
+    return !each_part(rows, panels_of(out, PANEL), 2 * PANEL, [&](int row, int n, int panel, const Room& room, int next) {
+        const int column = panel * PANEL, width = std::min(PANEL, out - column);
         const bf16* mine = x + (long)row * in;
-        bf16 *gate = room.beside, *up = gate + (long)n * NARROW;
-        make({mine, n, in, column, width, nullptr, gate, NARROW, false}, layers[0], room, panel_ahead(layers[1], panel, NARROW, in, n));
-        make({mine, n, in, column, width, nullptr, up, NARROW, false}, layers[1], room, panel_ahead(layers[0], next, NARROW, in, n));
-        for (int r = 0; r < n; r++)
+        bf16 *gate = room.beside, *up = gate + (long)n * PANEL, *made = z + (long)row * out + column;
+        make({mine, n, in, column, width, nullptr, gate, PANEL, false}, layers[0], room, panel_ahead(layers[1], panel, in, n));
+        make({mine, n, in, column, width, nullptr, up, PANEL, false}, layers[1], room, panel_ahead(layers[0], next, in, n));
+        for (int r = 0; r < n; r++, made += out)
             for (int c = 0; c < width; c += LANES)
-                store(z + (long)(row + r) * out + column + c, _mm512_mul_ps(silu(load(gate + r * NARROW + c)), load(up + r * NARROW + c)));
+                store(made + c, _mm512_mul_ps(silu(load(gate + r * PANEL + c)), load(up + r * PANEL + c)));
     });
 }
 
 // dx [rows, in] = sum_l g_l W_l
 int linear_input(const Linear* layers, int count, int rows, int in, bf16* found) {
     if (TILES && count == 1 && layers->out >= LONG && layers->out % TILE_DEPTH == 0) return !long_input(*layers, rows, in, found);
-    return !each_part(rows, panels_of(in, NARROW), 0, [&](int row, int n, int panel, const Room& room, int next) {
-        const int column = panel * NARROW, width = std::min(NARROW, in - column);
+    const bool stream = whole_lines(found, in) && (long)rows * in > LARGE;
+    return !each_part(rows, panels_of(in, PANEL), 0, [&](int row, int n, int panel, const Room& room, int next) {
+        const int column = panel * PANEL, width = std::min(PANEL, in - column);
         for (int l = 0; l < count; l++) {
             const Linear& layer = layers[l];
             for (int from = 0; from < layer.out; from += 2 * DEPTH) {
                 const int now = std::min(2 * DEPTH, layer.out - from), after = from + now;
                 const bool first = l == 0 && from == 0, more = after < layer.out, last = !more && l == count - 1;
-                pack_rows(layer.weight + (long)from * in + column, in, now, width, now, room.right, by_tiles(now));
+                for (int c = 0, most = side_by_side(now); c < width; c += most)
+                    pack_rows(layer.weight + (long)from * in + column + c, in, now, std::min(most, width - c), now, room.right + (long)c * now / 2, by_tiles(now));
                 // what comes next: the rest of this layer, the next layer, or the next panel of the first one
                 const Linear& then = more ? layer : layers[last ? 0 : l + 1];
-                const int begin = more ? after : 0, place = last ? next * NARROW : column;
+                const int begin = more ? after : 0, place = last ? next * PANEL : column;
                 const int lines = last && next < 0 ? 0 : std::min(2 * DEPTH, then.out - begin);
-                const Ahead ahead(then.weight + (long)begin * in + place, in, 2 * NARROW, lines, n);
-                const Part part{first, last, nullptr, nullptr, room.sums, found + (long)row * in + column, in, false};
+                const Ahead ahead(then.weight + (long)begin * in + place, in, 2 * PANEL, lines, n);
+                const Part part{first, last, nullptr, nullptr, room.sums, found + (long)row * in + column, in, stream};
                 multiply(layer.rows + (long)row * layer.out + from, layer.out, now / 2, room.right, n, width, part, ahead);
             }
         }
+        if (stream) _mm_sfence();
     });
 }
 
