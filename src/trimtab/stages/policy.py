@@ -67,7 +67,9 @@ class PolicyConfig(StageConfig):
     steps: int = Field(100, gt=0, description="rollout batches")
     prompts_per_step: int = Field(8, gt=0, description="prompts per rollout batch")
     responses_per_prompt: int = Field(4, gt=0, description="responses sampled for each prompt; they share its encoding")
-    micro_batch_tokens: int = Field(2048, gt=0, description="packed tokens per forward and backward pass: lower needs less memory")
+    micro_batch_tokens: int = Field(
+        2048, gt=0, description="packed tokens per forward and backward pass, for which large groups are cut: lower needs less memory"
+    )
     overlap: bool = Field(
         False,
         description="sample and score the next rollout beside the update, with a copy of what is trained: what is learnt from is then one "
