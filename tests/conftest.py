@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-settings.register_profile("same every time", derandomize=True, database=None)
+settings.register_profile("same every time", derandomize=True, database=None, deadline=None)  # seconds are not what is tested
 settings.load_profile("same every time")
 install_import_hook("trimtab.maths", "beartype.beartype")  # every shape and type the signatures state is checked
 
