@@ -9,6 +9,7 @@ import tiny
 from trimtab import kernels
 from trimtab.batch import Batch
 from trimtab.data.templates import Template
+from trimtab.engines.batching import Batcher
 from trimtab.engines.local import EngineConfig, LocalEngine
 from trimtab.engines.sampling import SamplingConfig
 from trimtab.models.language import LanguageModel
@@ -66,6 +67,22 @@ def test_a_policy_that_samples_in_its_gradients_memory_learns_and_samples_the_sa
         return said
 
     assert steps(lent=True) == steps(lent=False)
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no compiler, or a processor without AVX-512 BF16")
+def test_a_sampler_that_fails_gives_back_what_it_was_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        assert scratch.lent
+        raise RuntimeError("interrupted")
+
+    model = LanguageModel(tiny.model("llama", HALF, scale=1.0, hidden_size=64, head_dim=32), Template.of(tiny.tokenizer()))
+    scratch = Scratch(model.trainable())
+    engine = LocalEngine(model, SamplingConfig(max_tokens=6), EngineConfig(rows=4), scratch)
+    monkeypatch.setattr(Batcher, "run", fail)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        engine.generate([BATCH.groups[0].prompt], 4, seed=0)
+    assert not scratch.lent
+    assert not scratch.zeros.any()
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])

@@ -97,7 +97,11 @@ class LocalEngine:
             return [self._response(tokens, logprobs) for tokens, logprobs in batcher.responses()]
 
         rows = max(1, min(self.config.rows, len(prompts) * n))  # the cache has room for as many
-        answers, _ = fitted(drawn, rows, lambda rows: rows // 2 or None)
+        try:
+            answers, _ = fitted(drawn, rows, lambda rows: rows // 2 or None)
+        except BaseException:
+            self.sleep()  # what was lent is back before anything else goes on
+            raise
         return [Group(prompt, tuple(answers[i * n : (i + 1) * n])) for i, prompt in enumerate(prompts)]
 
     def _response(self, tokens: list[int], logprobs: list[float]) -> Response:

@@ -162,8 +162,7 @@ class PolicyLearning:
         scratch = None if config.overlap else self.actor.optimisers()["policy"].scratch
         self.engine = LocalEngine(sampler, config.sampling, config.engine, scratch)
         self.overlap = Overlap(self._rollout_beside, self._refresh_sampler) if config.overlap else None
-        greedy = config.sampling.model_copy(update={"temperature": 0.0})
-        self.greedy_engine = LocalEngine(model, greedy, config.engine, scratch)
+        self.greedy_engine = LocalEngine(model, config.sampling.model_copy(update={"temperature": 0.0}), config.engine, scratch)
 
     def step(self, step: int, guards: Guards | None = None) -> tuple[Rollout, dict[str, float]]:
         """One rollout batch: sample, score, look, assign credit, update. Returns the rollout and the metrics."""
