@@ -29,7 +29,8 @@ inline __m512 load(const bf16* x) { return to_float(_mm256_loadu_si256((const __
 inline __m512 load(const bf16* x, __mmask16 lanes) { return to_float(_mm256_maskz_loadu_epi16(lanes, x)); }
 inline __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 inline void store(bf16* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, to_bf16(x)); }
-inline void store(bf16* to, __m512 x, __mmask16 lanes) { _mm256_mask_storeu_epi16(to, lanes, to_bf16(x)); }// 32 neighbours of a cache line, past the caches.
+inline void store(bf16* to, __m512 x, __mmask16 lanes) { _mm256_mask_storeu_epi16(to, lanes, to_bf16(x)); }
+// 32 neighbours of a cache line, past the caches.
 inline void stream(bf16* to, __m512 low, __m512 high) { _mm512_stream_si512((__m512i*)to, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
 
 // Two rows as pairs: the lower half of every lane from `even`, the upper from `odd`.
