@@ -14,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from trimtab.kernels import products
+from trimtab.kernels import head, products
 from trimtab.types import Group
 
-PRODUCTS = ("forward", "gated", "input_gradient", "add_weight_gradients")
+PRODUCTS = (
+    (products, "forward"), (products, "gated"), (products, "input_gradient"), (products, "add_weight_gradients"), (head, "of_rows"),
+)  # fmt: skip
 
 
 class Work(TorchDispatchMode):
@@ -36,23 +38,22 @@ class Work(TorchDispatchMode):
         self.trunk = self.head = self.largest = 0
 
     def __enter__(self) -> Work:
-        self.plain = {name: getattr(products, name) for name in PRODUCTS}
-        for name, do in self.plain.items():
-            setattr(products, name, self._counting(do))
+        self.plain = [getattr(module, name) for module, name in PRODUCTS]
+        for (module, name), do in zip(PRODUCTS, self.plain, strict=True):
+            setattr(module, name, self._counting(do, weights=1 if name == "add_weight_gradients" else 0))
         return super().__enter__()  # type: ignore[no-any-return]
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for name, do in self.plain.items():
-            setattr(products, name, do)
+        for (module, name), do in zip(PRODUCTS, self.plain, strict=True):
+            setattr(module, name, do)
 
-    def _counting(self, product: Callable[..., Any]) -> Callable[..., Any]:
-        """A product of our own, counted: of rows, or of a list of them, and of weights or their gradients."""
+    def _counting(self, product: Callable[..., Any], weights: int) -> Callable[..., Any]:
+        """A product of our own, counted: of rows and of weights or their gradients, one or a list, as many arguments later."""
 
         def counted(rows: torch.Tensor | list[torch.Tensor], *others: Any) -> Any:
-            weights = others[1] if product is self.plain["add_weight_gradients"] else others[0]
             count = len(rows) if isinstance(rows, torch.Tensor) else len(rows[0])
-            for weight in weights:
+            for weight in tree_leaves(others[weights]):
                 self._add(2 * count * weight.numel(), set(weight.shape))
             return product(rows, *others)
 

@@ -345,3 +345,38 @@ def test_head_is_no_further_from_the_exact_one_than_torch(
     right = values_and_gradients(compute, [hidden, weight], torch.float64)
     for found, other, exact in zip(ours, theirs, right, strict=True):
         assert error(found, exact) < 1.02 * error(other, exact) + 1e-6
+
+
+@both
+@there
+@pytest.mark.parametrize("vocabulary", [4096, 1072])
+def test_log_probabilities_are_made_of_logits_in_float32(vocabulary: int) -> None:
+    hidden, weight, bias = draw(70, 64), draw(vocabulary, 64, seed=1), draw(vocabulary, seed=2)
+    targets = torch.arange(70) * 13 % vocabulary
+    with torch.no_grad():
+        logprobs, entropies = token_logprobs(hidden, Head(weight, bias, scale=0.5), targets, temperature=0.7, entropy=True)
+        exact = token_logprobs(hidden.double(), Head(weight.double(), bias.double(), scale=0.5), targets, temperature=0.7, entropy=True)
+        few, _ = token_logprobs(hidden[11:20], Head(weight, bias, scale=0.5), targets[11:20], temperature=0.7)
+    assert torch.allclose(logprobs.double(), exact[0], atol=2e-5)  # rounded to bfloat16, logits are 0.01 away
+    assert entropies is not None
+    assert exact[1] is not None
+    assert torch.allclose(entropies.double(), exact[1], atol=2e-5)
+    assert torch.equal(few, logprobs[11:20])  # whatever rows stand beside
+
+
+@both
+@there
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_token_that_is_next_to_impossible(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = draw(9, 32), draw(4096, 32, seed=1), torch.arange(9) + 40
+    hidden[[2, 5]] = -30 * weight[targets[[2, 5]]]  # the logit of the target is about 2,000 below the highest
+    monkeypatch.setattr("trimtab.maths.logprobs.PART_BYTES", 2**28 if parts == 1 else 3 * 4096 * 2)
+
+    def compute(hidden: Tensor, weight: Tensor) -> Tensor:
+        return token_logprobs(hidden, Head(weight), targets)[0]
+
+    ours = values_and_gradients(compute, [hidden, weight], torch.bfloat16)
+    right = values_and_gradients(compute, [hidden, weight], torch.float64)
+    assert float(ours[0].min()) < -1000
+    for found, exact, most in zip(ours, right, (1e-6, 5e-3, 5e-3), strict=True):
+        assert error(found, exact) < most

@@ -35,3 +35,15 @@ def test_values_are_log_softmax_and_entropy() -> None:
     assert torch.allclose(logprobs, log_p.gather(1, targets[:, None])[:, 0], atol=1e-12)
     assert entropies is not None
     assert torch.allclose(entropies, -(log_p.exp() * log_p).sum(-1), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tokens(dtype: torch.dtype) -> None:
+    hidden, weight = torch.zeros(0, 32, dtype=dtype, requires_grad=True), torch.ones(64, 32, dtype=dtype, requires_grad=True)
+    logprobs, entropies = token_logprobs(hidden, Head(weight), torch.zeros(0, dtype=torch.long), entropy=True)
+    logprobs.sum().backward()
+    assert logprobs.shape == (0,)
+    assert entropies is not None
+    assert entropies.shape == (0,)
+    assert weight.grad is not None
+    assert not weight.grad.any()

@@ -3,7 +3,7 @@
 Everything here has a counterpart in plain torch, which is used where there is no kernel: another processor or precision, no compiler,
 or TRIMTAB_KERNELS=off. Where the processor has a tile unit (AMX) products take it, unless TRIMTAB_KERNELS=avx512. Results differ in
 rounding only. Arrays are passed by address (ctypes), so the library needs nothing of torch but its OpenMP threads, and compiles in
-two seconds.
+seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +30,7 @@ NEEDS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
 TILES = {"amx_tile", "amx_bf16"}
 """What makes products several times faster where a processor has it (AMX)."""
 
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
 
 
 @cache
@@ -109,8 +110,14 @@ def _compiled(compiler: str, processor: str, flags: tuple[str, ...] = FLAGS) -> 
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as staging:
-            made = Path(staging) / target.name
-            units = [str(file) for file in sources if file.suffix == ".cpp"]
-            subprocess.run([compiler, *flags, *units, "-o", str(made)], capture_output=True, text=True, check=True)
-            os.replace(made, target)
+
+            def make(output: str, *arguments: str) -> str:
+                made = str(Path(staging) / output)
+                subprocess.run([compiler, *flags, *arguments, "-o", made], capture_output=True, text=True, check=True)
+                return made
+
+            units = [file for file in sources if file.suffix == ".cpp"]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda file: make(f"{file.stem}.o", "-c", str(file)), units))
+            os.replace(make(target.name, "-shared", *objects), target)
     return target

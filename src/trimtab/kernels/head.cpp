@@ -1,11 +1,7 @@
-// What is read from logits and written over them: log-probabilities of chosen tokens, and their gradient. bfloat16 logits, float32 within.
-#include <omp.h>
-
-#include <algorithm>
-#include <cmath>
-#include <limits>
-
-#include "vectors.h"
+// What is read from the logits l = scale z [rows, columns] of an output head, z = x W^T + b in bfloat16 or, not written down, in float32.
+//
+// With weights w_v = exp(l_v - shift) for a number `shift` of each row: total = sum_v w_v, mean = sum_v w_v log w_v, and w in bfloat16.
+#include "panels.h"
 
 namespace {
 
@@ -16,54 +12,105 @@ template <typename F> inline void each_vector(int columns, F f) {
     if (c < columns) f(c, first_lanes(columns - c));
 }
 
-inline float value(bf16 x) { return _mm512_cvtss_f32(to_float(_mm256_set1_epi16((short)x))); }
+// What is wanted of the rows of a head: see head_of_rows.
+struct Wanted {
+    const Linear& layer;
+    const int64_t* targets;
+    float scale;
+    const float* shifts;
+    float* chosen;
+    bool past;  // the caches: where weights are written
+};
+
+// Sums are logits of rows from `first` and columns from `column` on. totals and means (may be null): of these columns.
+struct Weighed : Finish {
+    const Wanted& of;
+    int first, column;
+    float *totals, *means;
+
+    Weighed(const Wanted& of, int first, int column, float* totals, float* means) : of(of), first(first), column(column), totals(totals), means(means) {}
+    void operator()(int row, int rows, int width, const float* sums) const override {
+        for (int r = row; r < row + rows; r++, sums += PANEL) {
+            const __m512 factor = _mm512_set1_ps(of.scale), shift = _mm512_set1_ps(of.shifts[first + r]);
+            bf16* weights = of.layer.rows ? of.layer.rows + (long)(first + r) * of.layer.out + column : nullptr;
+            __m512 total = _mm512_setzero_ps(), mean = total, last = total;
+            for (int c = 0; c < width; c += LANES) {
+                const __m512 below = _mm512_fmsub_ps(_mm512_loadu_ps(sums + c), factor, shift), w = exponential(below);
+                total = _mm512_add_ps(total, w);
+                if (means) mean = _mm512_mask3_fmadd_ps(below, w, mean, _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_GT_OQ));
+                if (weights && !of.past) store(weights + c, w);
+                if (of.past && c % 32) stream(weights + c - LANES, last, w);
+                last = w;
+            }
+            totals[r] = _mm512_reduce_add_ps(total);
+            if (means) means[r] = _mm512_reduce_add_ps(mean);
+            const long target = of.targets[first + r] - column;
+            if (target >= 0 && target < width) of.chosen[first + r] = sums[target] * of.scale - of.shifts[first + r];
+        }
+    }
+};
+
+// sums [rows] of values [panels, rows], in one order.
+void add_up(const float* values, int panels, int rows, float* sums) {
+#pragma omp parallel for schedule(static)
+    for (int block = 0; block < rows; block += LANES) {
+        const int end = std::min(rows, block + LANES);
+        std::fill(sums + block, sums + end, 0.0f);
+        for (int p = 0; p < panels; p++)
+            for (int i = block; i < end; i++) sums[i] += values[(long)p * rows + i];
+    }
+}
 
 }  // namespace
 
 extern "C" {
 
-// With l = scale z [rows, columns]: norm = log sum_v exp l_v, logprob = l_target - norm, entropy = -sum_v p_v log p_v (null: not wanted).
-// keep (null: nothing is kept): the weights w = exp(l - max l) are written over z, and of each row keep = 1 / sum_v w_v, so that p = keep w.
-void head_forward(
-    bf16* z, const int64_t* targets, float scale, int rows, int columns, float* logprobs, float* norms, float* entropies, float* keep
-) {
-    const __m512 factor = _mm512_set1_ps(scale), least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+// From z, over which w is written if it is to be kept. means: null if not wanted.
+void head_of_logits(bf16* z, float scale, const float* shifts, int rows, int columns, int keep, float* totals, float* means) {
+    const __m512 factor = _mm512_set1_ps(scale);
 #pragma omp parallel for schedule(static)
     for (int i = 0; i < rows; i++) {
         bf16* row = z + (long)i * columns;
-        const float chosen = value(row[targets[i]]) * scale;
-        __m512 top = least, sum = _mm512_setzero_ps(), mean = _mm512_setzero_ps();
+        const __m512 shift = _mm512_set1_ps(shifts[i]);
+        __m512 total = _mm512_setzero_ps(), mean = total;
         each_vector(columns, [&](int c, __mmask16 lanes) {
-            top = _mm512_mask_max_ps(top, lanes, top, _mm512_mul_ps(load(row + c, lanes), factor));
-        });
-        const float highest = _mm512_reduce_max_ps(top);
-        const __m512 high = _mm512_set1_ps(highest);
-        each_vector(columns, [&](int c, __mmask16 lanes) {
-            const __m512 below = _mm512_fmsub_ps(load(row + c, lanes), factor, high), w = _mm512_maskz_mov_ps(lanes, exponential(below));
-            sum = _mm512_add_ps(sum, w);
-            if (entropies) mean = _mm512_mask3_fmadd_ps(below, w, mean, _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_GT_OQ));
+            const __m512 below = _mm512_fmsub_ps(load(row + c, lanes), factor, shift), w = _mm512_maskz_mov_ps(lanes, exponential(below));
+            total = _mm512_add_ps(total, w);
+            if (means) mean = _mm512_mask3_fmadd_ps(below, w, mean, _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_GT_OQ));
             if (keep) store(row + c, w, lanes);
         });
-        const float total = _mm512_reduce_add_ps(sum), log_total = std::log(total);
-        norms[i] = highest + log_total;
-        logprobs[i] = chosen - norms[i];
-        if (entropies) entropies[i] = log_total - _mm512_reduce_add_ps(mean) / total;
-        if (keep) keep[i] = 1 / total;
+        totals[i] = _mm512_reduce_add_ps(total);
+        if (means) means[i] = _mm512_reduce_add_ps(mean);
     }
 }
 
-// The gradient of sum_i pull_i logprob_i, written over the weights that head_forward kept: slope pull (1[v = target] - keep w_v).
-void head_backward(
-    bf16* z, const int64_t* targets, const float* logprobs, const float* keep, const float* pull, float slope, int rows, int columns
-) {
-#pragma omp parallel for schedule(static)
-    for (int i = 0; i < rows; i++) {
-        bf16* row = z + (long)i * columns;
-        const __m512 factor = _mm512_set1_ps(-pull[i] * slope * keep[i]);
-        each_vector(columns, [&](int c, __mmask16 lanes) { store(row + c, _mm512_mul_ps(load(row + c, lanes), factor), lanes); });
-        // exactly: where the probability is near 1, what is left of it would be lost to rounding
-        const float chosen = -std::expm1(logprobs[i]) * pull[i] * slope;
-        store(row + targets[i], _mm512_set1_ps(chosen), first_lanes(1));
+// From x, where the rows of the layer are w unless they are null; and chosen = l_target - shift. means: null if not wanted. Returns 1 if
+// memory ran out, else 0.
+int head_of_rows(const bf16* x, int rows, int in, const Linear* layer, const int64_t* targets, float scale, const float* shifts, float* chosen,
+                 float* totals, float* means) {
+    const int panels = panels_of(layer->out, PANEL);
+    const size_t each = (size_t)panels * rows;
+    const bool past = by_tiles(in) && layer->rows && whole_lines(layer->rows, layer->out) && (long)rows * layer->out > LARGE;
+    float *total_of, *mean_of = nullptr;  // [panels, rows]
+    try {
+        shared_scratch.begin((means ? 2 : 1) * Scratch::padded<float>(each));
+        total_of = shared_scratch.take<float>(each);
+        if (means) mean_of = shared_scratch.take<float>(each);
+    } catch (const std::bad_alloc&) {
+        return 1;
     }
+    const Wanted wanted{*layer, targets, scale, shifts, chosen, past};
+    const bool made = each_part(rows, panels, 0, [&](int row, int n, int panel, const Room& room, int next) {
+        const int column = panel * PANEL, width = std::min(PANEL, layer->out - column);
+        const size_t place = (size_t)panel * rows + row;
+        const Weighed weighed(wanted, row, column, total_of + place, means ? mean_of + place : nullptr);
+        bf16* weights = layer->rows ? layer->rows + (long)row * layer->out + column : nullptr;
+        const Goal goal{weights, layer->out, past, &weighed};
+        make({x + (long)row * in, n, in, column, width, nullptr, goal}, *layer, room, panel_ahead(*layer, next, in, n));
+    });
+    if (!made) return 1;
+    add_up(total_of, panels, rows, totals);
+    if (means) add_up(mean_of, panels, rows, means);
+    return 0;
 }
 }

@@ -1,4 +1,4 @@
-"""What is read from logits in bfloat16 and written over them; the mathematics is that of `maths.logprobs`."""
+"""What is read from the logits l of an output head, and weights w_v = exp(l_v - shift); the mathematics is that of `maths.logprobs`."""
 
 from __future__ import annotations
 
@@ -8,34 +8,39 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trimtab import kernels
+from trimtab.kernels.products import layers_of
 
 
-def forward(
-    logits: Float[Tensor, "rows vocabulary"],
+def of_rows(
+    x: Float[Tensor, "rows width"],
+    weight: Float[Tensor, "vocabulary width"],
+    bias: Float[Tensor, " vocabulary"] | None,
     targets: Int[Tensor, " rows"],
     scale: float,
-    logprobs: Float[Tensor, " rows"],
-    norms: Float[Tensor, " rows"],
-    entropies: Float[Tensor, " rows"] | None,
-    keep: Float[Tensor, " rows"] | None,
+    shift: Float[Tensor, " rows"],
+    chosen: Float[Tensor, " rows"],
+    total: Float[Tensor, " rows"],
+    mean: Float[Tensor, " rows"] | None,
+    weights: Float[Tensor, "rows vocabulary"] | None,
 ) -> None:
-    """Fill logprobs, norms = log sum_v exp(scale z_v) and entropies.
+    """Of l = scale (x W^T + b), made in float32 and not written down: fill chosen = l_target - shift, total = sum_v w_v,
 
-    With `keep`, weights w are written over the logits, such that the probabilities are p = keep w.
+    mean = sum_v w_v log w_v, and the weights.
     """
-    targets = targets.contiguous()
-    read = (kernels.address(logits), kernels.address(targets), ctypes.c_float(scale), *logits.shape)
-    kernels.loaded().head_forward(*read, *map(kernels.address, (logprobs, norms, entropies, keep)))
+    targets, whole = targets.contiguous(), None if bias is None else bias.float()
+    head = layers_of([weights], weights=[weight], biases=[whole])
+    read = (kernels.address(x), *x.shape, head, kernels.address(targets), ctypes.c_float(scale))
+    kernels.checked(kernels.loaded().head_of_rows(*read, *map(kernels.address, (shift, chosen, total, mean))))
 
 
-def backward(
-    kept: Float[Tensor, "rows vocabulary"],
-    targets: Int[Tensor, " rows"],
-    logprobs: Float[Tensor, " rows"],
-    keep: Float[Tensor, " rows"],
-    pull: Float[Tensor, " rows"],
-    slope: float,
+def of_logits(
+    logits: Float[Tensor, "rows vocabulary"],
+    scale: float,
+    shift: Float[Tensor, " rows"],
+    keep: bool,
+    total: Float[Tensor, " rows"],
+    mean: Float[Tensor, " rows"] | None,
 ) -> None:
-    """Write slope pull (1[v = target] - keep w_v) over the weights that `forward` kept."""
-    columns = [x.contiguous() for x in (targets, logprobs, keep, pull)]  # held until the call is over
-    kernels.loaded().head_backward(kernels.address(kept), *map(kernels.address, columns), ctypes.c_float(slope), *kept.shape)
+    """Of l = scale z: fill total and mean, as above; `keep` writes the weights over z."""
+    sums = map(kernels.address, (total, mean))
+    kernels.loaded().head_of_logits(kernels.address(logits), ctypes.c_float(scale), kernels.address(shift), *logits.shape, int(keep), *sums)

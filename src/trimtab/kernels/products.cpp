@@ -5,218 +5,32 @@
 // and z = silu(x G^T + b) * (x U^T + c), whose factors are not written down.
 //
 // Layers that read the same rows are taken together: their outputs in one pass over x, the sum of their gradients in one over dx.
-//
-// The right side lies in panels of columns, which stay in the second-level cache while the rows of the left side pass by; tiles of sums
-// stay in registers. Outputs are made in rows of whole cache lines, so that threads do not take them from each other, and the weights
-// of a thread's next panel are fetched meanwhile. An output is summed in one order, whatever the number of threads and of rows.
-#include <omp.h>
-
-#include <algorithm>
-#include <atomic>
-
-#include "vectors.h"
+#include "panels.h"
 
 namespace {
 
-constexpr int DEPTH = 1024;                           // pairs of rows of a panel that are laid at a time
-constexpr int PANEL = 64, TILE = TILES ? 32 : 6;      // outputs: most columns of a panel, rows of a tile,
-constexpr int NARROW = TILES ? 32 : PANEL;            // columns of it that lie side by side,
-constexpr int ROWS = TILES ? 1024 : 512;              // most rows of a task
-constexpr int WIDTH = TILES ? 32 : 48, HEIGHT = 8;    // gradients of weights: columns of a panel, rows of a tile,
-constexpr int STRIP = 96;                             // most columns of g of a task,
-constexpr int PAIRS = TILES ? LANES : 1;              // what pairs of its rows are filled up to
-constexpr long LARGE = 1 << 19;                       // outputs that tiles write past the caches
-constexpr int LONG = 1 << 14;                         // numbers of a row so long that lines of a column meet in few places of a cache:
-constexpr int WIDE_STRIP = TILES ? 256 : STRIP;       // most columns of g of a task then,
-constexpr int CHUNK = 512, SUMS = 1 << 17;            // columns of g that are brought together, sums of a task
+constexpr int WIDTH = TILES ? 32 : 48, HEIGHT = 8;  // gradients of weights: columns of a panel, rows of a tile,
+constexpr int STRIP = 96;                           // most columns of g of a task,
+constexpr int PAIRS = TILES ? LANES : 1;            // what pairs of its rows are filled up to
+constexpr int LONG = 1 << 14;                       // numbers of a row so long that lines of a column meet in few places of a cache:
+constexpr int WIDE_STRIP = TILES ? 256 : STRIP;     // most columns of g of a task then,
+constexpr int CHUNK = 512, SUMS = 1 << 17;          // columns of g that are brought together, sums of a task
 
-thread_local Scratch scratch, shared_scratch;
+// Sums are the second factor of silu(gate) * up, and rounded as if they had been written down; gate [rows, PANEL].
+struct Gated : Finish {
+    const bf16* gate;
+    bf16* made;
+    long stride;
 
-// A layer [out, in], its bias (may be null), rows [rows, out] of what comes out, or of its gradient, and sums of the weight's gradient.
-struct Linear {
-    const bf16* weight;
-    const float* bias;
-    bf16* rows;
-    float* sums;
-    int out;
-};
-
-// Whether a product of this depth is made by tiles.
-bool by_tiles(int depth) { return TILES && depth % TILE_DEPTH == 0; }
-
-// Columns of a panel that lie side by side then.
-int side_by_side(int depth) { return by_tiles(depth) ? NARROW : PANEL; }
-
-int panels_of(int columns, int size) { return (columns + size - 1) / size; }
-
-// Whether parts of these rows, a panel wide, are whole lines of a cache.
-bool whole_lines(const bf16* rows, int columns) { return TILES && columns % PANEL == 0 && (uintptr_t)rows % 64 == 0; }
-
-// f(constant number of vectors) for a panel of 16, 32, 48 or 64 columns.
-template <typename F> void of_width(int width, F f) {
-    if (width == 64) f(std::integral_constant<int, 4>());
-    if (width == 48) f(std::integral_constant<int, 3>());
-    if (width == 32) f(std::integral_constant<int, 2>());
-    if (width == 16) f(std::integral_constant<int, 1>());
-}
-
-// What a thread has for a task: room for the right side, for sums, and for `beside` numbers of each row.
-struct Room {
-    uint32_t* right;
-    float* sums;
-    bf16* beside;
-};
-
-// Runs f(first row, rows, panel, room, this thread's next panel or -1) for all parts of the rows and all panels; false if memory ran out.
-template <typename F> bool each_part(int rows, int panels, int beside, F f) {
-    const int busy = (2 * omp_get_max_threads() + panels - 1) / panels;
-    const int parts = std::max({1, (rows + ROWS - 1) / ROWS, std::min(busy, rows / 32)}), part = std::max(TILE, round_up((rows + parts - 1) / parts, TILE));
-    const int tasks = (rows + part - 1) / part * panels;
-    std::atomic<int> taken{0};
-    bool failed = false;
-#pragma omp parallel
-    try {
-        const Tiles tiles;
-        const size_t right = (size_t)DEPTH * PANEL, sums = (size_t)part * PANEL, more = (size_t)part * beside;
-        scratch.begin(Scratch::padded<uint32_t>(right) + Scratch::padded<float>(sums) + Scratch::padded<bf16>(more));
-        const Room room{scratch.take<uint32_t>(right), scratch.take<float>(sums), scratch.take<bf16>(more)};
-        const int late = tasks - 2 * omp_get_num_threads();  // from here on no task is taken before it can be begun
-        for (int task = taken++; task < tasks;) {
-            const int row = task / panels * part, then = task < late ? taken++ : -1;
-            f(row, std::min(part, rows - row), task % panels, room, then < 0 ? -1 : then % panels);
-            task = then < 0 ? taken++ : then;
-        }
-    } catch (const std::bad_alloc&) {
-#pragma omp atomic write
-        failed = true;
-    }
-    return !failed;
-}
-
-// Rows of weights that are fetched into the second-level cache, some with every tile of a product of `count` rows.
-class Ahead {
-  public:
-    Ahead(const bf16* first, long stride, int bytes, int rows, int count) : row_(first), stride_(stride), bytes_(bytes), left_(rows) {
-        const int tiles = std::max(1, count / TILE);
-        each_ = (rows + tiles - 1) / tiles;
-    }
-    void fetch() {
-        for (int i = std::min(each_, left_); i > 0; i--, left_--, row_ += stride_)
-            for (int b = 0; b < bytes_; b += 64) _mm_prefetch((const char*)row_ + b, _MM_HINT_T1);
-    }
-
-  private:
-    const bf16* row_;
-    long stride_;
-    int bytes_, left_, each_;
-};
-
-// One part of the depth of a panel of sums [count, width]: whether it is the first (then the sums begin with `bias` and the rows `plus`,
-// where these are not null), whether the last (then they are written to `out`; before that they are kept in `sums`).
-struct Part {
-    bool first, last;
-    const float* bias;
-    const bf16* plus;
-    float* sums;
-    bf16* out;
-    long stride;  // of plus and out
-    bool stream;  // out is written past the caches
-};
-
-// By tiles: the same, for pairs in whole tiles.
-void multiply_tiles(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, Ahead ahead) {
-    alignas(64) float block[TILE * PANEL];
-    const bool whole = part.first && part.last, begun = part.first && (part.bias || part.plus);
-    of_width(width, [&](auto vectors) {
-        for (int i = 0; i < count; i += TILE) {
-            const int m = std::min(TILE, count - i);
-            float* sums = whole ? block : part.sums + i * PANEL;
-            const auto each = [&](auto f) {
-                for (int r = 0; r < m; r++)
-                    for (int j = 0; j < vectors(); j++) f(sums + r * PANEL + LANES * j, (i + r) * part.stride + LANES * j, LANES * j);
-            };
-            if (begun)
-                each([&](float* sum, long place, int c) {
-                    const __m512 x = part.bias ? _mm512_loadu_ps(part.bias + c) : _mm512_setzero_ps();
-                    _mm512_storeu_ps(sum, part.plus ? _mm512_add_ps(x, load(part.plus + place)) : x);
-                });
-            ahead.fetch();
-            for (int r = 0; part.last && !part.stream && r < m; r++) __builtin_prefetch(part.out + (i + r) * part.stride, 1);
-            const bf16* rows = left + (long)i * lda;
-            for (int c = 0; c < width; c += NARROW) {
-                const int n = std::min(NARROW, width - c);
-                tile_product(m, n, 2 * pairs / TILE_DEPTH, TileLeft::rows(rows, lda), TileRight::tiles(right + (long)c * pairs, n), sums + c, PANEL, begun || !part.first, [=](int k) {
-                    for (int r = 0; r < TILE; r++) _mm_prefetch((const char*)(rows + r * lda + (k + 1) * TILE_DEPTH), _MM_HINT_T0);
-                });
+    Gated(const bf16* gate, bf16* made, long stride) : gate(gate), made(made), stride(stride) {}
+    void operator()(int row, int rows, int width, const float* sums) const override {
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < width; c += LANES) {
+                const __m512 up = to_float(to_bf16(_mm512_loadu_ps(sums + r * PANEL + c)));
+                store(made + (row + r) * stride + c, _mm512_mul_ps(silu(load(gate + (row + r) * PANEL + c)), up));
             }
-            if (part.last && part.stream)
-                for (int r = 0; r < m; r++)
-                    for (int j = 0; j + 1 < vectors(); j += 2) {
-                        const float* sum = sums + r * PANEL + LANES * j;
-                        stream(part.out + (i + r) * part.stride + LANES * j, _mm512_loadu_ps(sum), _mm512_loadu_ps(sum + LANES));
-                    }
-            else if (part.last)
-                each([&](float* sum, long place, int) { store(part.out + place, _mm512_loadu_ps(sum)); });
-        }
-    });
-}
-
-void multiply(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, Ahead ahead) {
-    if (by_tiles(2 * pairs)) return multiply_tiles(left, lda, pairs, right, count, width, part, ahead);
-    of_width(width, [&](auto vectors) {
-        in_tiles<6>(count, [&](auto tile, int i) {
-            __m512 sum[tile()][vectors()];
-            const auto each = [&](auto f) {
-                for (int r = 0; r < tile(); r++)
-                    for (int j = 0; j < vectors(); j++) f(sum[r][j], i + r, LANES * j);
-            };
-            if (!part.first)
-                each([&](__m512& x, int r, int c) { x = _mm512_loadu_ps(part.sums + r * PANEL + c); });
-            else if (part.bias)
-                each([&](__m512& x, int, int c) { x = _mm512_loadu_ps(part.bias + c); });
-            else
-                each([&](__m512& x, int, int) { x = _mm512_setzero_ps(); });
-            if (part.first && part.plus) each([&](__m512& x, int r, int c) { x = _mm512_add_ps(x, load(part.plus + r * part.stride + c)); });
-            ahead.fetch();
-            for (int r = i; part.last && r < i + tile(); r++)
-                for (int c = 0; c < width; c += 32) __builtin_prefetch(part.out + r * part.stride + c, 1);
-            accumulate(pairs, left + (long)i * lda, lda, 2, right, width, sum, []() {});
-            if (part.last)
-                each([&](__m512& x, int r, int c) { store(part.out + r * part.stride + c, x); });
-            else
-                each([&](__m512& x, int r, int c) { _mm512_storeu_ps(part.sums + r * PANEL + c, x); });
-        });
-    });
-}
-
-// Rows of x [rows, in], and outputs of a layer for them: `width` columns from `column` on, which are written to `out`.
-struct Outputs {
-    const bf16* x;
-    int rows, in, column, width;
-    const bf16* plus;
-    bf16* out;
-    long stride;  // of plus and out
-    bool stream;
-};
-
-void make(const Outputs& y, const Linear& layer, const Room& room, const Ahead& ahead) {
-    for (int from = 0; from < y.in; from += 2 * DEPTH) {
-        const int now = std::min(2 * DEPTH, y.in - from);
-        const bool first = from == 0, last = from + now == y.in;
-        for (int c = 0, most = side_by_side(now); c < y.width; c += most) {
-            const int side = std::min(most, y.width - c);
-            pack_transposed(layer.weight + (long)(y.column + c) * y.in + from, y.in, side, now, side, room.right + (long)c * now / 2, by_tiles(now));
-        }
-        const Part part{first, last, layer.bias ? layer.bias + y.column : nullptr, y.plus, room.sums, y.out, y.stride, y.stream};
-        multiply(y.x + from, y.in, now / 2, room.right, y.rows, y.width, part, last ? ahead : Ahead(nullptr, 0, 0, 0, y.rows));
     }
-    if (y.stream) _mm_sfence();
-}
-
-// What fetches the weights of a panel of a layer [out, in], while `rows` rows are multiplied. Of panel -1 there is nothing.
-Ahead panel_ahead(const Linear& layer, int panel, int in, int rows) {
-    return {layer.weight + (long)panel * PANEL * in, 32, 64, panel < 0 ? 0 : std::min(PANEL, layer.out - panel * PANEL) * in / 32, rows};
-}
+};
 
 // Columns of rows [count, columns] as a left side: tiles of 8 columns, each [pairs, 8] with rows 2 k and 2 k + 1 in every lane. Beyond `count`: zeros.
 void pack_columns(const bf16* x, long stride, int count, int columns, int pairs, uint32_t* to) {
@@ -284,8 +98,8 @@ bool long_input(const Linear& layer, int rows, int in, bf16* found) {
                     for (int c = 0; c < width; c += NARROW) pack_rows(weight + c, in, now, std::min(NARROW, width - c), now, right + (long)c * now / 2, true);
                     const Ahead ahead(weight + (long)now * in, in, 2 * PANEL, then, n);
                     float* sum = sums + column / PANEL * block;
-                    const Part part{from == 0, from + now == layer.out, nullptr, nullptr, sum, found + (long)row * in + column, in, false};
-                    multiply_tiles(left, close, now / 2, right, n, width, part, ahead);
+                    const Part part{from == 0, from + now == layer.out, nullptr, nullptr, sum, {found + (long)row * in + column, in, false}};
+                    multiply(left, close, now / 2, right, n, width, part, ahead);
                 }
             }
     } catch (const std::bad_alloc&) {
@@ -303,9 +117,9 @@ extern "C" {
 // y_l [rows, out_l] = x W_l^T + b_l + plus for all layers l; plus may be null.
 int linear_forward(const bf16* x, int rows, int in, const Linear* layers, int count, const bf16* plus) {
     long outs = 0;
-    bool stream = by_tiles(in);
-    for (int l = 0; l < count; l++) outs += layers[l].out, stream = stream && whole_lines(layers[l].rows, layers[l].out);
-    stream = stream && rows * outs > LARGE;
+    bool past = by_tiles(in);
+    for (int l = 0; l < count; l++) outs += layers[l].out, past = past && whole_lines(layers[l].rows, layers[l].out);
+    past = past && rows * outs > LARGE;
     int panels = 0;
     for (int l = 0; l < count; l++) panels += panels_of(layers[l].out, PANEL);
     const auto layer_of = [&](int& panel) -> const Linear& {
@@ -317,7 +131,7 @@ int linear_forward(const bf16* x, int rows, int in, const Linear* layers, int co
         const Linear &layer = layer_of(panel), &then = next < 0 ? layer : layer_of(next);
         const int column = panel * PANEL, width = std::min(PANEL, layer.out - column);
         const long place = (long)row * layer.out + column;
-        const Outputs made{x + (long)row * in, n, in, column, width, plus ? plus + place : nullptr, layer.rows + place, layer.out, stream};
+        const Outputs made{x + (long)row * in, n, in, column, width, plus ? plus + place : nullptr, {layer.rows + place, layer.out, past}};
         make(made, layer, room, panel_ahead(then, next, in, n));
     });
 }
@@ -325,22 +139,20 @@ int linear_forward(const bf16* x, int rows, int in, const Linear* layers, int co
 // z [rows, out] = silu(y_0) * y_1 with y_l = x W_l^T + b_l, for two layers of one size
 int linear_gated(const bf16* x, int rows, int in, const Linear* layers, bf16* z) {
     const int out = layers->out;
-    return !each_part(rows, panels_of(out, PANEL), 2 * PANEL, [&](int row, int n, int panel, const Room& room, int next) {
-        const int column = panel * PANEL, width = std::min(PANEL, out - column);
-        const bf16* mine = x + (long)row * in;
-        bf16 *gate = room.beside, *up = gate + (long)n * PANEL, *made = z + (long)row * out + column;
-        make({mine, n, in, column, width, nullptr, gate, PANEL, false}, layers[0], room, panel_ahead(layers[1], panel, in, n));
-        make({mine, n, in, column, width, nullptr, up, PANEL, false}, layers[1], room, panel_ahead(layers[0], next, in, n));
-        for (int r = 0; r < n; r++, made += out)
-            for (int c = 0; c < width; c += LANES)
-                store(made + c, _mm512_mul_ps(silu(load(gate + r * PANEL + c)), load(up + r * PANEL + c)));
+    return !each_part(rows, panels_of(out, PANEL), PANEL, [&](int row, int n, int panel, const Room& room, int next) {
+        const int column = panel * PANEL;
+        const Gated gated(room.beside, z + (long)row * out + column, out);
+        Outputs factor{x + (long)row * in, n, in, column, std::min(PANEL, out - column), nullptr, {room.beside, PANEL, false}};
+        make(factor, layers[0], room, panel_ahead(layers[1], panel, in, n));
+        factor.goal = {gated.made, out, false, &gated};
+        make(factor, layers[1], room, panel_ahead(layers[0], next, in, n));
     });
 }
 
 // dx [rows, in] = sum_l g_l W_l
 int linear_input(const Linear* layers, int count, int rows, int in, bf16* found) {
     if (TILES && count == 1 && layers->out >= LONG && layers->out % TILE_DEPTH == 0) return !long_input(*layers, rows, in, found);
-    const bool stream = whole_lines(found, in) && (long)rows * in > LARGE;
+    const bool past = whole_lines(found, in) && (long)rows * in > LARGE;
     return !each_part(rows, panels_of(in, PANEL), 0, [&](int row, int n, int panel, const Room& room, int next) {
         const int column = panel * PANEL, width = std::min(PANEL, in - column);
         for (int l = 0; l < count; l++) {
@@ -355,11 +167,11 @@ int linear_input(const Linear* layers, int count, int rows, int in, bf16* found)
                 const int begin = more ? after : 0, place = last ? next * PANEL : column;
                 const int lines = last && next < 0 ? 0 : std::min(2 * DEPTH, then.out - begin);
                 const Ahead ahead(then.weight + (long)begin * in + place, in, 2 * PANEL, lines, n);
-                const Part part{first, last, nullptr, nullptr, room.sums, found + (long)row * in + column, in, stream};
+                const Part part{first, last, nullptr, nullptr, room.sums, {found + (long)row * in + column, in, past}};
                 multiply(layer.rows + (long)row * layer.out + from, layer.out, now / 2, room.right, n, width, part, ahead);
             }
         }
-        if (stream) _mm_sfence();
+        if (past) _mm_sfence();
     });
 }
 

@@ -14,7 +14,7 @@ from trimtab import kernels
 
 
 class _Layer(ctypes.Structure):
-    """`Linear` of products.cpp."""
+    """`Linear` of panels.h."""
 
     _fields_ = (*((name, ctypes.c_void_p) for name in ("weight", "bias", "rows", "sums")), ("out", ctypes.c_int))
 
@@ -38,7 +38,7 @@ def forward(
 ) -> None:
     """out_l = x W_l^T + b_l + plus for every layer l."""
     whole = [None if bias is None else bias.float() for bias in biases]
-    layers = _layers(outs, weights=weights, biases=whole)
+    layers = layers_of(outs, weights=weights, biases=whole)
     kernels.checked(kernels.loaded().linear_forward(kernels.address(x), *x.shape, layers, len(layers), kernels.address(plus)))
 
 
@@ -61,7 +61,7 @@ def gated(
 ) -> Float[Tensor, "rows inner"]:
     """silu(y_0) * y_1 with y_l = x W_l^T + b_l rounded to bfloat16, which are not written down."""
     made, whole = x.new_empty(len(x), len(weights[0])), [None if bias is None else bias.float() for bias in biases]
-    layers = _layers((None, None), weights=weights, biases=whole)
+    layers = layers_of((None, None), weights=weights, biases=whole)
     kernels.checked(kernels.loaded().linear_gated(kernels.address(x), *x.shape, layers, kernels.address(made)))
     return made
 
@@ -69,7 +69,7 @@ def gated(
 def input_gradient(grads: Sequence[Float[Tensor, "rows _"]], weights: Sequence[Float[Tensor, "_ in"]]) -> Float[Tensor, "rows in"]:
     """sum_l g_l W_l"""
     found = grads[0].new_empty(len(grads[0]), weights[0].shape[1])
-    layers = _layers(grads, weights=weights)
+    layers = layers_of(grads, weights=weights)
     kernels.checked(kernels.loaded().linear_input(layers, len(layers), *found.shape, kernels.address(found)))
     return found
 
@@ -78,7 +78,7 @@ def add_weight_gradients(
     grads: Sequence[Float[Tensor, "rows _"]], x: Float[Tensor, "rows in"], sums: Sequence[Float[Tensor, "_ in"]]
 ) -> None:
     """sums_l += g_l^T x for every layer l, in float32."""
-    layers = _layers(grads, sums=sums)
+    layers = layers_of(grads, sums=sums)
     kernels.checked(kernels.loaded().linear_weight(layers, len(layers), kernels.address(x), *x.shape))
 
 
@@ -103,7 +103,7 @@ def parameter_gradients(
     ]
 
 
-def _layers(
+def layers_of(
     rows: Sequence[Tensor | None],
     *,
     weights: Sequence[Tensor] | None = None,
