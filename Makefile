@@ -23,8 +23,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## improve a real language model with PPO, from nothing, in five to ten minutes
 	$(BIN)/trimtab demo $(ARGS)
 
-test: install  ## the fast tests
-	$(BIN)/python -m pytest $(ARGS)
+test: install  ## the fast tests, as many at once as there are processors
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

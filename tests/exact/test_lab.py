@@ -77,6 +77,7 @@ def test_every_exact_algorithm_has_five_seeds_two_tasks_and_a_transformer() -> N
         assert len({c.task.name for c in own if c.policy == "transformer"}) == 2
 
 
+@pytest.mark.timeout(900)  # one to four minutes, by the machine
 def test_quick_holds(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trimtab", "exact", "--quick", "--json", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})

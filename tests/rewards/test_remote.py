@@ -117,29 +117,31 @@ def test_while_the_circuit_is_broken_one_request_at_a_time_tries() -> None:
     circuit.failed()
     lock = threading.Lock()
 
-    def go() -> None:
+    def go(meet: threading.Barrier) -> None:
         nonlocal at_once, most
         with circuit.turn():
             with lock:
                 at_once += 1
                 most = max(most, at_once)
+            meet.wait(30)
             time.sleep(0.02)
             with lock:
                 at_once -= 1
 
-    def together() -> int:
+    def together(parties: int) -> int:
+        """The most that were in their turn at once, which end it no sooner than so many have met."""
         nonlocal most
-        most = 0
-        threads = [threading.Thread(target=go) for _ in range(4)]
+        most, meet = 0, threading.Barrier(parties)
+        threads = [threading.Thread(target=go, args=(meet,)) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         return most
 
-    assert together() == 1
+    assert together(1) == 1
     circuit.worked()
-    assert together() == 4
+    assert together(4) == 4
     spent = Circuit(1, 0)
     spent.failed()
     with pytest.raises(Unavailable), spent.turn():
