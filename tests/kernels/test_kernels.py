@@ -194,23 +194,28 @@ def test_a_gated_product_is_that_of_its_parts(rows: int, inner: int, outer: int,
 
 
 @there
-@pytest.mark.parametrize("shape", [(1,), (576,), (33, 7), (3, 16401)])
-def test_adamw_in_halves_is_adamw(shape: tuple[int, ...]) -> None:
-    start = draw(*shape)
-    theirs = nn.Parameter(start.float())
-    torchs = torch.optim.AdamW([theirs], lr=3e-3, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1, fused=True)
-    half = adamw.Halves(nn.Parameter(start.clone()), torch.zeros(shape))
+def test_adamw_in_halves_is_adamw() -> None:
+    starts = [draw(*shape) for shape in ((1,), (576,), (33, 7), (1 << 14,), (3, 16401))]
+    theirs = [nn.Parameter(start.float()) for start in starts]
+    torchs = torch.optim.AdamW(theirs, lr=3e-3, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1, fused=True)
+    halves = [adamw.Halves(nn.Parameter(start.clone()), torch.zeros(start.shape)) for start in starts]
     for step in range(5):
-        gradient = draw(*shape, seed=step).float()
-        half.grad.copy_(gradient)
-        theirs.grad = 0.5 * gradient
-        half.step(scale=0.5, lr=3e-3, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1)
+        for half, their in zip(halves, theirs, strict=True):
+            gradient = draw(*their.shape, seed=step).float()
+            half.grad.copy_(gradient)
+            their.grad = 0.5 * gradient
+        whole = torch.cat([half.grad.flatten() for half in halves]).double()
+        assert adamw.norm(halves) == pytest.approx(float(whole.norm()), rel=1e-6)
+        adamw.step(halves, scale=0.5, lr=3e-3, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1)
         torchs.step()
-        assert not half.grad.any()
-        for ours, other in ((half.weight(), theirs), *((getattr(half, m), torchs.state[theirs][m]) for m in ("exp_avg", "exp_avg_sq"))):
-            assert error(ours, other.detach().double()) < 2e-7
-    assert torch.equal(half.parameter, half.weight().bfloat16())  # no draw here lies in the middle of two bfloat16 numbers
-    assert float((half.weight() - start.float()).abs().mean()) > 1e-4
+        for half, their in zip(halves, theirs, strict=True):
+            assert not half.grad.any()
+            moments = ((getattr(half, name), torchs.state[their][name]) for name in ("exp_avg", "exp_avg_sq"))
+            for ours, other in ((half.weight(), their), *moments):
+                assert error(ours, other.detach().double()) < 2e-7
+    for half, start in zip(halves, starts, strict=True):
+        assert torch.equal(half.parameter, half.weight().bfloat16())  # no draw here lies in the middle of two bfloat16 numbers
+        assert float((half.weight() - start.float()).abs().mean()) > 1e-4
 
 
 @there

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -24,15 +26,6 @@ class Halves:
         self.exp_avg, self.exp_avg_sq = (torch.zeros(parameter.shape) for _ in range(2))
         self.steps = 0
 
-    def step(self, *, scale: float, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-        """One step of AdamW (Loshchilov and Hutter 2019) on `scale` times the gradient, which is then zero."""
-        self.steps += 1
-        rate, root = lr / (1 - betas[0] ** self.steps), (1 - betas[1] ** self.steps) ** 0.5
-        places = (kernels.address(x.detach()) for x in (self.parameter, self.lower, self.grad, self.exp_avg, self.exp_avg_sq))
-        numbers = (scale, 1 - betas[0], betas[1], 1 - betas[1], 1 - lr * weight_decay, rate, root, eps)
-        kernels.loaded().adamw_step(*places, ctypes.c_long(self.lower.numel()), *map(ctypes.c_float, numbers))
-        torch.autograd.graph.increment_version(self.parameter)
-
     def weight(self) -> Float[Tensor, ...]:
         """The float32 value: a new tensor."""
         return joined(self.parameter.detach(), self.lower)
@@ -42,6 +35,39 @@ class Halves:
         upper, lower = split(weight)
         self.parameter.detach().copy_(upper)
         self.lower.copy_(lower)
+
+
+class _Weights(ctypes.Structure):
+    """`Weights` of adamw.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("upper", "lower", "grad", "m", "v")),
+        ("count", ctypes.c_long), ("rate", ctypes.c_float), ("root", ctypes.c_float),
+    )  # fmt: skip
+
+
+def step(halves: Sequence[Halves], *, scale: float, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """One step of AdamW (Loshchilov and Hutter 2019) on `scale` times the gradients, which are then zero."""
+    said = [(lr / (1 - betas[0] ** (half.steps + 1)), (1 - betas[1] ** (half.steps + 1)) ** 0.5) for half in halves]
+    rule = (ctypes.c_float * 6)(scale, 1 - betas[0], betas[1], 1 - betas[1], 1 - lr * weight_decay, eps)
+    kernels.checked(kernels.loaded().adamw_step(_weights(halves, said), len(halves), rule))
+    for half in halves:
+        half.steps += 1
+        torch.autograd.graph.increment_version(half.parameter)
+
+
+def norm(halves: Sequence[Halves]) -> float:
+    """The global norm of the gradients."""
+    found = ctypes.c_double()
+    kernels.checked(kernels.loaded().adamw_squares(_weights(halves, [(0.0, 0.0)] * len(halves)), len(halves), ctypes.byref(found)))
+    return math.sqrt(found.value)
+
+
+def _weights(halves: Sequence[Halves], rates: Sequence[tuple[float, float]]) -> ctypes.Array[_Weights]:
+    tensors = ((half.parameter, half.lower, half.grad, half.exp_avg, half.exp_avg_sq) for half in halves)
+    places = ([x.data_ptr() for x in of] for of in tensors)
+    rows = zip(halves, places, rates, strict=True)
+    return (_Weights * len(halves))(*(_Weights(*place, half.lower.numel(), *rate) for half, place, rate in rows))
 
 
 def serves(parameter: Tensor) -> bool:

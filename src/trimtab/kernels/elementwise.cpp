@@ -13,7 +13,7 @@ constexpr int BLOCK = 32;  // rows
 
 template <typename F> void each_block(int rows, F f) {
     const int blocks = (rows + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(dynamic, 1)
     for (int b = 0; b < blocks; b++) f(b, b * BLOCK, std::min(rows, (b + 1) * BLOCK));
 }
 

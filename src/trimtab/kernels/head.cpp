@@ -52,7 +52,7 @@ struct Weighed : Finish {
 
 // sums [rows] of values [panels, rows], in one order.
 void add_up(const float* values, int panels, int rows, float* sums) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(dynamic, 1)
     for (int block = 0; block < rows; block += LANES) {
         const int end = std::min(rows, block + LANES);
         std::fill(sums + block, sums + end, 0.0f);
@@ -68,7 +68,7 @@ extern "C" {
 // From z, over which w is written if it is to be kept. means: null if not wanted.
 void head_of_logits(bf16* z, float scale, const float* shifts, int rows, int columns, int keep, float* totals, float* means) {
     const __m512 factor = _mm512_set1_ps(scale);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(dynamic, 1)
     for (int i = 0; i < rows; i++) {
         bf16* row = z + (long)i * columns;
         const __m512 shift = _mm512_set1_ps(shifts[i]);

@@ -84,14 +84,16 @@ class Optimiser:
         grads = self.gradients()
         if not grads:
             raise NumericalError("no parameter received a gradient", fix="nothing to train: check model.lora and the data")
-        return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).double()))
+        stepped = {id(half.grad) for half in self.halves.values()}
+        others = [gradient for gradient in grads if id(gradient) not in stepped]
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(others)).double())) if others else 0.0
+        return math.hypot(adamw.norm(list(self.halves.values())), norm) if self.halves else norm
 
     @torch.no_grad()
     def step(self, at: int, norm: float) -> None:
         """Clip gradients of this norm, step, and clear them. at: the position in the learning-rate schedule."""
         lr, scale = self.lr(at), min(1.0, self.config.max_grad_norm / norm) if norm else 1.0
-        for half in self.halves.values():
-            half.step(scale=scale, lr=lr, **self._rule())
+        adamw.step(list(self.halves.values()), scale=scale, lr=lr, **self._rule())
         if self.adam is not None:
             if scale < 1:
                 torch._foreach_mul_([master.grad for master in self.masters.values() if master.grad is not None], scale)
