@@ -24,7 +24,7 @@ demo: install  ## improve a real language model with PPO, from nothing, in five 
 	$(BIN)/trimtab demo $(ARGS)
 
 test: install  ## the fast tests, as many at once as there are processors
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -60,11 +60,12 @@ def measured(work: Work, options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def setting_of(work: Work, bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
-    """The peer's fastest setting: found before (results/settings.json), or searched for now.
+    """The peer's fastest setting: found before (settings.json of the output's folder, else of bench/results), or searched for now.
 
     A search goes on where an earlier one stopped, unless all is to be measured anew.
     """
-    known = settings().get(work.name)
+    mine = settings(options.output)
+    known = mine.get(work.name) or ({} if options.search == "only" else settings(RESULTS)).get(work.name)
     if options.search == "never" or (known is None and (options.quick or options.model)):
         return work.start
     if known is None or options.search in ("always", "only"):
@@ -72,7 +73,7 @@ def setting_of(work: Work, bench: Bench, options: argparse.Namespace) -> dict[st
         trials = known["trials"] if known and options.search == "only" else ()
 
         def keep_settings(found: dict[str, Any]) -> None:
-            (RESULTS / SETTINGS).write_text(json.dumps({**settings(), work.name: found}, indent=1) + "\n")
+            (options.output / SETTINGS).write_text(json.dumps({**mine, work.name: found}, indent=1) + "\n")
 
         known = bench.search(work, options.axes, options.trial_steps, trials=trials, keep=keep_settings)
         keep_settings(known)
@@ -84,8 +85,8 @@ def keep(row: dict[str, Any], folder: Path) -> None:
     (folder / f"{row['work']}.json").write_text(json.dumps(row, indent=1) + "\n")
 
 
-def settings() -> dict[str, Any]:
-    file = RESULTS / SETTINGS
+def settings(folder: Path) -> dict[str, Any]:
+    file = folder / SETTINGS
     return json.loads(file.read_text()) if file.exists() else {}
 
 
