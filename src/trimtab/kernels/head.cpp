@@ -14,12 +14,10 @@ template <typename F> inline void each_vector(int columns, F f) {
 
 // What is wanted of the rows of a head: see head_of_rows.
 struct Wanted {
-    const Linear& layer;
     const int64_t* targets;
     float scale;
     const float* shifts;
     float* chosen;
-    bool past;  // the caches: where weights are written
 };
 
 // Sums are logits of rows from `first` and columns from `column` on. totals and means (may be null): of these columns.
@@ -29,17 +27,17 @@ struct Weighed : Finish {
     float *totals, *means;
 
     Weighed(const Wanted& of, int first, int column, float* totals, float* means) : of(of), first(first), column(column), totals(totals), means(means) {}
-    void operator()(int row, int rows, int width, const float* sums) const override {
+    void operator()(int row, int rows, int width, const float* sums, const Goal& goal) const override {
         for (int r = row; r < row + rows; r++, sums += PANEL) {
             const __m512 factor = _mm512_set1_ps(of.scale), shift = _mm512_set1_ps(of.shifts[first + r]);
-            bf16* weights = of.layer.rows ? of.layer.rows + (long)(first + r) * of.layer.out + column : nullptr;
+            bf16* weights = goal.out ? goal.out + r * goal.stride : nullptr;
             __m512 total = _mm512_setzero_ps(), mean = total, last = total;
             for (int c = 0; c < width; c += LANES) {
                 const __m512 below = _mm512_fmsub_ps(_mm512_loadu_ps(sums + c), factor, shift), w = exponential(below);
                 total = _mm512_add_ps(total, w);
                 if (means) mean = _mm512_mask3_fmadd_ps(below, w, mean, _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_GT_OQ));
-                if (weights && !of.past) store(weights + c, w);
-                if (of.past && c % 32) stream(weights + c - LANES, last, w);
+                if (weights && !goal.past) store(weights + c, w);
+                if (goal.past && c % 32) stream(weights + c - LANES, last, w);
                 last = w;
             }
             totals[r] = _mm512_reduce_add_ps(total);
@@ -99,7 +97,7 @@ int head_of_rows(const bf16* x, int rows, int in, const Linear* layer, const int
     } catch (const std::bad_alloc&) {
         return 1;
     }
-    const Wanted wanted{*layer, targets, scale, shifts, chosen, past};
+    const Wanted wanted{targets, scale, shifts, chosen};
     const bool made = each_part(rows, panels, 0, [&](int row, int n, int panel, const Room& room, int next) {
         const int column = panel * PANEL, width = std::min(PANEL, layer->out - column);
         const size_t place = (size_t)panel * rows + row;

@@ -30,7 +30,7 @@ void multiply_tiles(const bf16* left, long lda, int pairs, const uint32_t* right
                 });
             }
             if (part.last && goal.finish)
-                (*goal.finish)(i, m, width, sums);
+                (*goal.finish)(i, m, width, sums, goal);
             else if (part.last && goal.past)
                 for (int r = 0; r < m; r++)
                     for (int j = 0; j + 1 < vectors(); j += 2) {
@@ -68,7 +68,7 @@ void multiply(const bf16* left, long lda, int pairs, const uint32_t* right, int 
             if (part.last && !goal.finish) return each([&](__m512& x, int r, int c) { store(goal.out + r * goal.stride + c, x); });
             float* sums = part.sums + i * PANEL;
             each([&](__m512& x, int r, int c) { _mm512_storeu_ps(sums + (r - i) * PANEL + c, x); });
-            if (part.last) (*goal.finish)(i, tile(), width, sums);
+            if (part.last) (*goal.finish)(i, tile(), width, sums, goal);
         });
     });
 }

@@ -99,13 +99,16 @@ class Ahead {
     int bytes_, left_, each_;
 };
 
+struct Goal;
+
 // What else finished sums are good for than to be written down.
 struct Finish {
     // Rows `row` .. row + rows - 1 of a panel: sums [rows, PANEL], of which `width` columns are real.
-    virtual void operator()(int row, int rows, int width, const float* sums) const = 0;
+    virtual void operator()(int row, int rows, int width, const float* sums, const Goal& goal) const = 0;
 };
 
-// Where finished sums go: to `out` (past the caches: whole lines); or to `finish`, unless it is null, which may write something else there.
+// Where finished sums go: to `out` (past the caches: whole lines); or to `finish`, unless it is null, which writes something else there. Where
+// `out` is null, nothing is written.
 struct Goal {
     bf16* out;
     long stride;

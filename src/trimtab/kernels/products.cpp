@@ -19,15 +19,13 @@ constexpr int CHUNK = 512, SUMS = 1 << 17;          // columns of g that are bro
 // Sums are the second factor of silu(gate) * up, and rounded as if they had been written down; gate [rows, PANEL].
 struct Gated : Finish {
     const bf16* gate;
-    bf16* made;
-    long stride;
 
-    Gated(const bf16* gate, bf16* made, long stride) : gate(gate), made(made), stride(stride) {}
-    void operator()(int row, int rows, int width, const float* sums) const override {
+    explicit Gated(const bf16* gate) : gate(gate) {}
+    void operator()(int row, int rows, int width, const float* sums, const Goal& goal) const override {
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < width; c += LANES) {
                 const __m512 up = to_float(to_bf16(_mm512_loadu_ps(sums + r * PANEL + c)));
-                store(made + (row + r) * stride + c, _mm512_mul_ps(silu(load(gate + (row + r) * PANEL + c)), up));
+                store(goal.out + (row + r) * goal.stride + c, _mm512_mul_ps(silu(load(gate + (row + r) * PANEL + c)), up));
             }
     }
 };
@@ -141,10 +139,10 @@ int linear_gated(const bf16* x, int rows, int in, const Linear* layers, bf16* z)
     const int out = layers->out;
     return !each_part(rows, panels_of(out, PANEL), PANEL, [&](int row, int n, int panel, const Room& room, int next) {
         const int column = panel * PANEL;
-        const Gated gated(room.beside, z + (long)row * out + column, out);
+        const Gated gated(room.beside);
         Outputs factor{x + (long)row * in, n, in, column, std::min(PANEL, out - column), nullptr, {room.beside, PANEL, false}};
         make(factor, layers[0], room, panel_ahead(layers[1], panel, in, n));
-        factor.goal = {gated.made, out, false, &gated};
+        factor.goal = {z + (long)row * out + column, out, false, &gated};
         make(factor, layers[1], room, panel_ahead(layers[0], next, in, n));
     });
 }
