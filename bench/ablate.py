@@ -104,10 +104,14 @@ def head_everywhere() -> None:
 
 
 def whole_logits() -> None:
-    """All logits of a micro-batch at once, in full precision."""
+    """All logits of a micro-batch at once, written down and read in full precision."""
+    from types import SimpleNamespace
+
     from trimtab.maths import logprobs
 
     logprobs.PART_BYTES = logprobs.SLICE_ELEMENTS = 2**62
+    logprobs.products = SimpleNamespace(usable=lambda weight: False)  # type: ignore[assignment]
+    logprobs.kernels = SimpleNamespace(serves=lambda x: False)  # type: ignore[assignment]
 
 
 def part_by_part() -> None:

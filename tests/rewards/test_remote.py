@@ -85,7 +85,7 @@ def test_a_server_that_is_down_and_comes_back_costs_nothing_but_time(workers: in
     thread, made = later(port, 0.6)
     began = time.monotonic()
     rows = reward.score(groups())
-    assert 0.5 < time.monotonic() - began < 5
+    assert 0.5 < time.monotonic() - began < 15
     assert [score.total for score in flat(rows)] == [float(len(text)) for text in TEXTS]
     thread.join()
     made[0].close()
@@ -102,10 +102,10 @@ def test_a_server_that_says_it_is_busy_is_waited_for() -> None:
 def test_patience_is_one_for_all_requests_and_the_next_call_begins_afresh() -> None:
     with serving() as server:
         port = server.port
-    reward = RemoteReward(f"http://127.0.0.1:{port}", workers=2, per_request=1, patience=0.4, break_after=2)
+    reward = RemoteReward(f"http://127.0.0.1:{port}", workers=2, per_request=1, patience=1, break_after=2)
     began = time.monotonic()
     rows = reward.score(groups())
-    assert 0.3 < time.monotonic() - began < 2  # not once for each of the eleven
+    assert 0.8 < time.monotonic() - began < 5  # not once for each of the eleven, which two workers would take 5.5 for
     assert all("not to be reached" in str(score.failure) or "cannot be reached" in str(score.failure) for score in flat(rows))
     server = Server(lengths, port)
     assert not any(score.missing for score in flat(reward.score(groups())))

@@ -69,6 +69,15 @@ def test_bfloat16_steps_in_float32_lose_no_small_updates(halves: bool, monkeypat
     assert bool(optimiser.halves) == halves
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_steps_without_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    start = torch.cat([p.detach().flatten().double() for p in tiny.model("llama", dtype, scale=1.0).parameters()])
+    metrics, after = trained(dtype, 50)
+    assert 0 < metrics["grad_norm"] < 100
+    assert 1e-4 < float((after - start).abs().mean()) < 0.1
+
+
 @pytest.mark.parametrize("halves", [True, False])
 def test_what_was_saved_goes_on_bit_for_bit(halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if halves and kernels.library() is None:

@@ -93,7 +93,8 @@ class Optimiser:
     def step(self, at: int, norm: float) -> None:
         """Clip gradients of this norm, step, and clear them. at: the position in the learning-rate schedule."""
         lr, scale = self.lr(at), min(1.0, self.config.max_grad_norm / norm) if norm else 1.0
-        adamw.step(list(self.halves.values()), scale=scale, lr=lr, **self._rule())
+        if self.halves:
+            adamw.step(list(self.halves.values()), scale=scale, lr=lr, **self._rule())
         if self.adam is not None:
             if scale < 1:
                 torch._foreach_mul_([master.grad for master in self.masters.values() if master.grad is not None], scale)
