@@ -12,6 +12,24 @@ template <typename F> inline void each_vector(int columns, F f) {
     if (c < columns) f(c, first_lanes(columns - c));
 }
 
+// Sums over a row: of w = exp(below), and of w below where `means` says so.
+struct Sums {
+    const bool means;
+    __m512 total = _mm512_setzero_ps(), mean = _mm512_setzero_ps();
+
+    // Adds the lanes, and returns w: zero in the others.
+    __m512 add(__m512 below, __mmask16 lanes = 0xffff) {
+        const __m512 w = _mm512_maskz_mov_ps(lanes, exponential(below));
+        total = _mm512_add_ps(total, w);
+        if (means) mean = _mm512_mask3_fmadd_ps(below, w, mean, _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_GT_OQ));
+        return w;
+    }
+    void write(int row, float* totals, float* means_of) const {
+        totals[row] = _mm512_reduce_add_ps(total);
+        if (means) means_of[row] = _mm512_reduce_add_ps(mean);
+    }
+};
+
 // What is wanted of the rows of a head: see head_of_rows.
 struct Wanted {
     const int64_t* targets;
@@ -31,17 +49,15 @@ struct Weighed : Finish {
         for (int r = row; r < row + rows; r++, sums += PANEL) {
             const __m512 factor = _mm512_set1_ps(of.scale), shift = _mm512_set1_ps(of.shifts[first + r]);
             bf16* weights = goal.out ? goal.out + r * goal.stride : nullptr;
-            __m512 total = _mm512_setzero_ps(), mean = total, last = total;
+            Sums found{means != nullptr};
+            __m512 last = _mm512_setzero_ps();
             for (int c = 0; c < width; c += LANES) {
-                const __m512 below = _mm512_fmsub_ps(_mm512_loadu_ps(sums + c), factor, shift), w = exponential(below);
-                total = _mm512_add_ps(total, w);
-                if (means) mean = _mm512_mask3_fmadd_ps(below, w, mean, _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_GT_OQ));
+                const __m512 w = found.add(_mm512_fmsub_ps(_mm512_loadu_ps(sums + c), factor, shift));
                 if (weights && !goal.past) store(weights + c, w);
                 if (goal.past && c % 32) stream(weights + c - LANES, last, w);
                 last = w;
             }
-            totals[r] = _mm512_reduce_add_ps(total);
-            if (means) means[r] = _mm512_reduce_add_ps(mean);
+            found.write(r, totals, means);
             const long target = of.targets[first + r] - column;
             if (target >= 0 && target < width) of.chosen[first + r] = sums[target] * of.scale - of.shifts[first + r];
         }
@@ -70,15 +86,12 @@ void head_of_logits(bf16* z, float scale, const float* shifts, int rows, int col
     for (int i = 0; i < rows; i++) {
         bf16* row = z + (long)i * columns;
         const __m512 shift = _mm512_set1_ps(shifts[i]);
-        __m512 total = _mm512_setzero_ps(), mean = total;
+        Sums found{means != nullptr};
         each_vector(columns, [&](int c, __mmask16 lanes) {
-            const __m512 below = _mm512_fmsub_ps(load(row + c, lanes), factor, shift), w = _mm512_maskz_mov_ps(lanes, exponential(below));
-            total = _mm512_add_ps(total, w);
-            if (means) mean = _mm512_mask3_fmadd_ps(below, w, mean, _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_GT_OQ));
+            const __m512 w = found.add(_mm512_fmsub_ps(load(row + c, lanes), factor, shift), lanes);
             if (keep) store(row + c, w, lanes);
         });
-        totals[i] = _mm512_reduce_add_ps(total);
-        if (means) means[i] = _mm512_reduce_add_ps(mean);
+        found.write(i, totals, means);
     }
 }
 
