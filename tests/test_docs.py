@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.algorithms import ALGORITHMS, PREFERENCES
-from trimtab.cli import COMMANDS, TOOLS, _config_of
+from trimtab.cli.commands import COMMANDS, TOOLS, config_of
 from trimtab.config import load_recipe, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,12 +101,12 @@ def test_every_recipe_is_valid_and_shows_its_command(recipe: Path) -> None:
     lines = [line.removeprefix("#   ") for line in recipe.read_text().splitlines()]
     [example] = [shlex.split(line) for line in lines if line.startswith(f"trimtab {recipe.stem} ")]
     assert example[2] == f"recipes/{recipe.name}"
-    load_recipe(_config_of(recipe.stem), recipe, example[3:])
+    load_recipe(config_of(recipe.stem), recipe, example[3:])
 
 
 def test_the_readme_counts_and_names_what_there_is() -> None:
     text = (ROOT / "README.md").read_text()
-    assert f"PPO has {len(list(settings_of(_config_of('ppo'))))} settings" in text
+    assert f"PPO has {len(list(settings_of(config_of('ppo'))))} settings" in text
     assert f"{len(ALGORITHMS) - 1} other algorithms" in text
     assert f"{len(PREFERENCES) - 1} other losses" in text
     named = set(re.findall(r"^\| `trimtab ([\w-]+)`", text, re.MULTILINE))

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import resuming
 import tiny
-from trimtab.cli import COMMANDS, _config_of, main
+from trimtab.cli import main
+from trimtab.cli.commands import COMMANDS, config_of
 from trimtab.config import describe_settings, load_recipe, to_yaml
 from trimtab.data import records
 from trimtab.data.records import DataConfig
@@ -43,7 +44,7 @@ VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.di
 
 @cache
 def names(command: str) -> list[str]:
-    return [setting.name for setting in describe_settings(_config_of(command))]
+    return [setting.name for setting in describe_settings(config_of(command))]
 
 
 @st.composite
@@ -61,10 +62,10 @@ def words(draw: Callable[..., Any]) -> tuple[str, list[str]]:
 def try_recipe(case: tuple[str, list[str]]) -> None:
     command, found = case
     try:
-        recipe = load_recipe(_config_of(command), None, found)
+        recipe = load_recipe(config_of(command), None, found)
     except TrimtabError:
         return
-    assert load_recipe(_config_of(command), _file(to_yaml(recipe), "recipe.yaml"), []) == recipe or "nan" in to_yaml(recipe).lower()
+    assert load_recipe(config_of(command), _file(to_yaml(recipe), "recipe.yaml"), []) == recipe or "nan" in to_yaml(recipe).lower()
 
 
 # --- data ----------------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,20 @@ WALLS = {
     "vllm": "engines/vllm.py", "ray": "scale", "fastapi": "feedback", "vaderSentiment": "demo/annotator.py", "datasets": "data/readers.py",
     "pyarrow": "data/readers.py", "matplotlib": "runs/charts.py", "peft": "models/loading.py",
 }  # fmt: skip
-TORCHLESS = ["errors", "interrupt", "memory", "types", "seeds", "config", "runs", "runs.directory", "runs.report", "cli"]
+TORCHLESS = [
+    "errors",
+    "interrupt",
+    "memory",
+    "types",
+    "seeds",
+    "config",
+    "runs",
+    "runs.directory",
+    "runs.report",
+    "cli",
+    "cli.recipes",
+    "cli.tools",
+]
 
 
 def imports(path: Path) -> list[tuple[str, ast.AST]]:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import tiny
-from trimtab.cli import COMMANDS, TOOLS, _config_of, main
+from trimtab.cli import main
+from trimtab.cli.commands import COMMANDS, TOOLS, config_of
 from trimtab.config import settings_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "textbook.md"
@@ -78,7 +79,7 @@ def shortened(words: list[str]) -> list[str]:
     name = words[0]
     if name not in COMMANDS:
         return words
-    known = {dotted for dotted, _ in settings_of(_config_of(name))}
+    known = {dotted for dotted, _ in settings_of(config_of(name))}
     said = {word.partition("=")[0] for word in words}
     return [*words, *(f"{key}={value}" for key, value in SMALL.items() if key in known - said)]
 

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from trimtab.cli import COMMANDS, TOOLS, main
+from trimtab.cli import main
+from trimtab.cli.commands import COMMANDS, TOOLS
 from trimtab.config import settings_of
 
 
@@ -27,13 +28,13 @@ def test_help_takes_less_than_half_a_second() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_setting_of_every_command_has_a_description(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from trimtab.cli import _config_of
+    from trimtab.cli.commands import config_of
 
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
-    missing = [dotted for dotted, field in settings_of(_config_of(name)) if not field.description]
+    missing = [dotted for dotted, field in settings_of(config_of(name)) if not field.description]
     assert not missing
-    assert all(dotted in shown for dotted, _ in settings_of(_config_of(name)))
+    assert all(dotted in shown for dotted, _ in settings_of(config_of(name)))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -15,7 +15,8 @@ import torch
 
 import resuming
 import tiny
-from trimtab.cli import _config_of, main
+from trimtab.cli import main
+from trimtab.cli.commands import config_of
 from trimtab.config import load_recipe
 from trimtab.models.language import LanguageModel
 from trimtab.models.loading import LoraConfig, ModelConfig
@@ -36,7 +37,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def recipe(kind: str, *more: str) -> Any:
     name, *words = resuming.command(kind, "run", *more)
-    return load_recipe(_config_of(name), None, words)
+    return load_recipe(config_of(name), None, words)
 
 
 def sizes(tensors: Any) -> int:
@@ -169,9 +170,9 @@ def test_peak_and_step_time_are_what_a_run_really_takes(kind: str, place: Path) 
     more = ROLLOUT if kind.startswith(("grpo", "ppo")) else SUPERVISED
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ask = (
-        "import sys, json; from trimtab.cli import _config_of; from trimtab.config import load_recipe; "
+        "import sys, json; from trimtab.cli.commands import config_of; from trimtab.config import load_recipe; "
         "from trimtab.stages.plan import plan; "
-        "made = plan(load_recipe(_config_of(sys.argv[1]), None, sys.argv[2:])); print(json.dumps([made.peak, sum(made.seconds.values())]))"
+        "made = plan(load_recipe(config_of(sys.argv[1]), None, sys.argv[2:])); print(json.dumps([made.peak, sum(made.seconds.values())]))"
     )
     code = "import sys; from trimtab.cli import main; main(sys.argv[1:]); print([l for l in open('/proc/self/status') if 'VmHWM' in l][0])"
 

@@ -167,12 +167,12 @@ def test_a_reward_that_is_not_finite_is_written_down_and_skipped(kind: str, plac
 
 
 def test_a_policy_that_says_nothing_finite_reaches_no_running_statistic(place: Path) -> None:
-    from trimtab.cli import _config_of
+    from trimtab.cli.commands import config_of
     from trimtab.config import load_recipe
     from trimtab.stages.policy import PolicyLearning
 
     words = resuming.command("ppo, critic of its own", "run", "shaping.normalise=true")[1:]
-    learner = PolicyLearning("ppo", load_recipe(_config_of("ppo"), None, words))
+    learner = PolicyLearning("ppo", load_recipe(config_of("ppo"), None, words))
     sample, shaping, algorithm = learner.sample, learner.shaping.state_dict(), learner.algorithm.state_dict()
 
     def then_break(*given: Any) -> Any:
