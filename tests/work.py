@@ -14,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from trimtab.kernels import head, products
+from trimtab.kernels import head, layer, products
 from trimtab.types import Group
 
 PRODUCTS = (
-    (products, "forward"), (products, "gated"), (products, "input_gradient"), (products, "add_weight_gradients"), (head, "of_rows"),
+    (products, "forward"), (products, "input_gradient"), (products, "add_weight_gradients"), (head, "of_rows"), (layer, "run"),
 )  # fmt: skip
+STEPS = {"before": range(3), "after": range(3, 7), "forward": range(7), "backward": range(7)}
+"""The projections of a layer that take part in each step of it."""
 
 
 class Work(TorchDispatchMode):
@@ -40,7 +42,8 @@ class Work(TorchDispatchMode):
     def __enter__(self) -> Work:
         self.plain = [getattr(module, name) for module, name in PRODUCTS]
         for (module, name), do in zip(PRODUCTS, self.plain, strict=True):
-            setattr(module, name, self._counting(do, weights=1 if name == "add_weight_gradients" else 0))
+            counting = self._layers(do) if module is layer else self._counting(do, weights=1 if name == "add_weight_gradients" else 0)
+            setattr(module, name, counting)
         return super().__enter__()  # type: ignore[no-any-return]
 
     def __exit__(self, *error: Any) -> None:
@@ -56,6 +59,19 @@ class Work(TorchDispatchMode):
             for weight in tree_leaves(others[weights]):
                 self._add(2 * count * weight.numel(), set(weight.shape))
             return product(rows, *others)
+
+        return counted
+
+    def _layers(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Steps of whole layers, counted: a backward step makes the gradient of what was read, and of every weight if wanted."""
+
+        def counted(step: str, whole: layer.Whole, *places: Any) -> Any:
+            width, attended, inner = whole.width, whole.linear[0].out, whole.linear[4].out
+            for i in STEPS[step]:
+                linear, read = whole.linear[i], (width, width, width, attended, width, width, inner)[i]
+                products_of = 1 + (linear.sums is not None) if step == "backward" else 1
+                self._add(2 * whole.rows * read * linear.out * products_of, {read, linear.out})
+            return run(step, whole, *places)
 
         return counted
 

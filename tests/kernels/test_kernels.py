@@ -183,16 +183,6 @@ def test_layers_that_read_the_same_rows_are_nearer_to_the_exact_ones_than_torch(
         assert error(found, exact) <= min(4e-3, 1.01 * error(other, exact))
 
 
-@both
-@there
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 16, 16), (77, 64, 112), (1300, 96, 80), (33, 4112, 144)])
-def test_a_gated_product_is_that_of_its_parts(rows: int, inner: int, outer: int, bias: bool) -> None:
-    x, weights = draw(rows, inner), (draw(outer, inner, seed=1), draw(outer, inner, seed=2))
-    biases = (draw(outer, seed=3), draw(outer, seed=4)) if bias else (None, None)
-    assert torch.equal(products.gated(x, weights, biases), elementwise.gated(*products.outputs(x, weights, biases)))
-
-
 @there
 def test_adamw_in_halves_is_adamw() -> None:
     starts = [draw(*shape) for shape in ((1,), (576,), (33, 7), (1 << 14,), (3, 16401))]

@@ -152,6 +152,30 @@ def test_checkpointed_layers_learn_the_same_bit_for_bit() -> None:
 
 
 @pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("tokens", "width", "inner"), [(1, 16, 16), (77, 64, 112), (1300, 96, 80), (33, 2064, 4112)])
+def test_is_the_same_without_a_gradient(tokens: int, width: int, inner: int, bias: bool) -> None:
+    """Gate and up are not written down then."""
+    draw = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=draw) / shape[-1] ** 0.5).to(torch.bfloat16)
+
+    shapes = [(64, width), (32, width), (32, width), (width, 64), (inner, width), (inner, width), (width, inner)]
+    weights, biases = [some(*shape).requires_grad_() for shape in shapes], [some(shape[0]) if bias else None for shape in shapes]
+    parameters = layer.Parameters._make((*weights, *biases, some(width), some(width), None, None))
+    angles = torch.rand(tokens, 32, generator=draw)
+    read = (some(tokens, width), angles.cos().bfloat16(), angles.sin().bfloat16())
+    seen, setting = tiny_layout(tokens).plan.sequences, layer.Setting(1e-6, 1e-6, 0.0, 32, (32**-0.5, None, None))
+    kept = layer.layer(*read, seen, setting, parameters)
+    with torch.no_grad():
+        assert torch.equal(layer.layer(*read, seen, setting, parameters), kept)
+    assert kept.requires_grad
+    assert bool(kept.isfinite().all())
+    assert float(kept.detach().float().std()) > 0.01
+
+
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_depends_neither_on_threads_nor_on_company(threads: int) -> None:
     model, before = made("llama", torch.bfloat16), torch.get_num_threads()

@@ -11,21 +11,9 @@
 #include <limits>
 #include <vector>
 
-#include "vectors.h"
+#include "parts.h"
 
 namespace {
-
-struct Problem {
-    const bf16 *q, *k, *v;  // [tokens, heads or kv, dim], strides in elements from token to token
-    long q_stride, k_stride, v_stride;
-    int tokens, heads, kv, dim;
-    int groups;
-    const int32_t* first;    // [groups + 1]: the sequences of a group, its prompt (perhaps empty) before its responses
-    const int32_t* starts;   // [sequences]: the first token
-    const int32_t* lengths;  // [sequences]
-    float scale, softcap;    // softcap 0: none
-    int window;              // 0: unlimited
-};
 
 // Keys and values of one sequence, laid out as right sides of products; `width` is its length in whole vectors.
 struct Keys {
@@ -43,15 +31,15 @@ struct Span {
     int from, to;
 };
 
-Span seen_prompt(const Problem& p, int prompt, int t) { return {p.window ? std::max(0, prompt + t - p.window + 1) : 0, prompt}; }
-Span seen_own(const Problem& p, int t) { return {p.window ? std::max(0, t - p.window + 1) : 0, t + 1}; }
+Span seen_prompt(const Attention& p, int prompt, int t) { return {p.window ? std::max(0, prompt + t - p.window + 1) : 0, prompt}; }
+Span seen_own(const Attention& p, int t) { return {p.window ? std::max(0, t - p.window + 1) : 0, t + 1}; }
 
 inline __mmask16 lanes_of(Span span, int column) { return first_lanes(span.to - column) & ~first_lanes(span.from - column); }
 
 // One group and key head.
 class Task {
   public:
-    Task(const Problem& problem, Scratch& scratch, int group, int head, bool backward) : p(problem), head_(head) {
+    Task(const Attention& problem, Scratch& scratch, int group, int head, bool backward) : p(problem), head_(head) {
         const int first = p.first[group], count = p.first[group + 1] - first;
         size_t bytes = 0;
         int longest = 0;
@@ -269,7 +257,7 @@ class Task {
         }
     }
 
-    const Problem& p;
+    const Attention& p;
     int head_;
     std::vector<Keys> sequences_;
     float *scores_, *pull_, *steep_, *out_;
@@ -280,7 +268,7 @@ class Task {
 thread_local Scratch scratch;
 
 // Runs f(group, key head) for all; false if memory ran out.
-template <typename F> bool all_tasks(const Problem& p, F f) {
+template <typename F> bool all_tasks(const Attention& p, F f) {
     bool failed = false;
 #pragma omp parallel
     {
@@ -303,12 +291,12 @@ template <typename F> bool all_tasks(const Problem& p, F f) {
 extern "C" {
 
 // out [tokens, heads, dim]; lse [heads, tokens]. Returns 0, or 1 if memory ran out.
-int attention_forward(const Problem* p, bf16* out, float* lse) {
+int attention_forward(const Attention* p, bf16* out, float* lse) {
     return !all_tasks(*p, [&](int group, int head) { Task(*p, scratch, group, head, false).forward(out, lse); });
 }
 
 // grad [tokens, heads, dim] with a stride from token to token; grad_q [tokens, heads, dim], grad_k, grad_v [tokens, kv, dim].
-int attention_backward(const Problem* p, const bf16* grad, long stride, const float* lse, bf16* grad_q, bf16* grad_k, bf16* grad_v) {
+int attention_backward(const Attention* p, const bf16* grad, long stride, const float* lse, bf16* grad_q, bf16* grad_k, bf16* grad_v) {
     return !all_tasks(*p, [&](int group, int head) {
         Task(*p, scratch, group, head, true).backward(grad, stride, lse, grad_q, grad_k, grad_v);
     });

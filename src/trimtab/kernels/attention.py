@@ -42,8 +42,8 @@ class Sequences:
         return cls(*(torch.tensor(x, dtype=torch.int32) for x in (first, starts, lengths)))
 
 
-class _Problem(ctypes.Structure):
-    """`Problem` of attention.cpp."""
+class Problem(ctypes.Structure):
+    """`Attention` of parts.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
@@ -87,8 +87,8 @@ def forward(
 ) -> tuple[Float[Tensor, "n heads dim"], Float[Tensor, "heads n"]]:
     """Attention without a gradient, of tensors with a token's heads side by side; and the log of each query's sum of exp(scores)."""
     out, lse = torch.empty(query.shape, dtype=query.dtype), torch.empty(query.shape[1], query.shape[0])
-    problem = _problem(query, key, value, sequences, settings)
-    kernels.checked(kernels.loaded().attention_forward(ctypes.byref(problem), kernels.address(out), kernels.address(lse)))
+    asked = problem(query, key, value, sequences, settings)
+    kernels.checked(kernels.loaded().attention_forward(ctypes.byref(asked), kernels.address(out), kernels.address(lse)))
     return out, lse
 
 
@@ -103,9 +103,9 @@ def gradients(
 ) -> list[Tensor]:
     """Gradients of query, key and value."""
     found = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
-    problem = _problem(query, key, value, sequences, settings)
+    asked = problem(query, key, value, sequences, settings)
     stride, places = ctypes.c_long(grad.stride(0)), [kernels.address(x) for x in (lse, *found)]
-    kernels.checked(kernels.loaded().attention_backward(ctypes.byref(problem), kernels.address(grad), stride, *places))
+    kernels.checked(kernels.loaded().attention_backward(ctypes.byref(asked), kernels.address(grad), stride, *places))
     return found
 
 
@@ -123,9 +123,10 @@ class _Attention(torch.autograd.Function):
         return (*gradients(kernels.by_token(grads[0]), *ctx.saved_tensors, *ctx.seen), None, None)
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, s: Sequences, settings: Settings) -> _Problem:
+def problem(q: Tensor, k: Tensor, v: Tensor, s: Sequences, settings: Settings) -> Problem:
+    """Attention as the kernels read it; it lives no longer than these tensors."""
     scale, window, softcap = settings
     sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], len(s.first) - 1)
     arrays = (kernels.address(x) for x in (s.first, s.starts, s.lengths))
     places = (*(x.data_ptr() for x in (q, k, v)), *(x.stride(0) for x in (q, k, v)))
-    return _Problem(*places, *sizes, *arrays, scale, softcap or 0.0, window or 0)
+    return Problem(*places, *sizes, *arrays, scale, softcap or 0.0, window or 0)

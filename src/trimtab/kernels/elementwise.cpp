@@ -5,16 +5,14 @@
 #include <algorithm>
 #include <cmath>
 
-#include "vectors.h"
+#include "parts.h"
 
 namespace {
 
-constexpr int BLOCK = 32;  // rows
-
 template <typename F> void each_block(int rows, F f) {
-    const int blocks = (rows + BLOCK - 1) / BLOCK;
+    const int blocks = (rows + NORM_BLOCK - 1) / NORM_BLOCK;
 #pragma omp parallel for schedule(dynamic, 1)
-    for (int b = 0; b < blocks; b++) f(b, b * BLOCK, std::min(rows, (b + 1) * BLOCK));
+    for (int b = 0; b < blocks; b++) f(b, b * NORM_BLOCK, std::min(rows, (b + 1) * NORM_BLOCK));
 }
 
 }  // namespace

@@ -61,12 +61,12 @@ def gated(gate: Float[Tensor, "rows width"], up: Float[Tensor, "rows width"]) ->
 
 
 def gate_gradients(
-    gate: Float[Tensor, "rows width"], up: Float[Tensor, "rows width"], grad: Float[Tensor, "rows width"], *, again: bool = False
+    gate: Float[Tensor, "rows width"], up: Float[Tensor, "rows width"], grad: Float[Tensor, "rows width"]
 ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"]]:
-    """Gradients of gate and up. again: the product is written over the gradient that came in."""
+    """Gradients of gate and up."""
     found = torch.empty_like(gate), torch.empty_like(gate)
     places = [kernels.address(t) for t in (gate, up, grad)]
-    kernels.loaded().swiglu_backward(*places, *gate.shape, *(kernels.address(t) for t in (*found, grad if again else None)))
+    kernels.loaded().swiglu_backward(*places, *gate.shape, *(kernels.address(t) for t in (*found, None)))
     return found
 
 
@@ -76,11 +76,10 @@ def turned(
     sin: Float[Tensor, "n dim"],
     *,
     backward: bool = False,
-    out: Float[Tensor, "n heads dim"] | None = None,
 ) -> Float[Tensor, "n heads dim"]:
-    """`rotate` without a gradient, or its transpose. out: where it is written, perhaps x itself."""
+    """`rotate` without a gradient, or its transpose."""
     x = kernels.by_token(x)
-    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    out = torch.empty(x.shape, dtype=x.dtype)
     tables = (kernels.address(cos), kernels.address(sin))
     kernels.loaded().rotate(kernels.address(x), ctypes.c_long(x.stride(0)), *tables, *x.shape, int(backward), kernels.address(out))
     return out

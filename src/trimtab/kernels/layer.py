@@ -1,4 +1,4 @@
-"""A whole layer of a Llama-like trunk over a packed batch in bfloat16: forward and backward in a few calls.
+"""A whole layer of a Llama-like trunk over a packed batch in bfloat16: forward and backward in a call each.
 
     u = x + O attend(R Q n(x), R K n(x), V n(x)),    y = u + D (silu(G m(u)) * U m(u)),    n, m: RMS norms, R: rotary embedding
 
@@ -9,7 +9,8 @@ and U m(u). Norms and the gated product are made again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trimtab.kernels import attention, elementwise, products
-from trimtab.kernels.attention import Sequences
+from trimtab import kernels
+from trimtab.kernels.attention import Problem, Sequences, Settings, problem
+from trimtab.kernels.products import Linear
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries [n, heads, dim], keys and values [n, kv_heads, dim] -> [n, heads, dim], without a gradient."""
@@ -27,24 +29,36 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Parameters(NamedTuple):
     """The weights of a layer: projections [out, in] with their biases, norms [width] or [dim]. Biases and the last two may be missing."""
 
-    before: Tensor
     query: Tensor
-    query_bias: Tensor | None
     key: Tensor
-    key_bias: Tensor | None
     value: Tensor
-    value_bias: Tensor | None
     out: Tensor
-    out_bias: Tensor | None
-    between: Tensor
     gate: Tensor
-    gate_bias: Tensor | None
     up: Tensor
-    up_bias: Tensor | None
     down: Tensor
+    query_bias: Tensor | None
+    key_bias: Tensor | None
+    value_bias: Tensor | None
+    out_bias: Tensor | None
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
     down_bias: Tensor | None
+    before: Tensor
+    between: Tensor
     query_norm: Tensor | None
     key_norm: Tensor | None
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return self[:7]
+
+    @property
+    def biases(self) -> tuple[Tensor | None, ...]:
+        return self[7:14]
+
+    @property
+    def norms(self) -> tuple[Tensor | None, ...]:
+        return self[14:]
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class Setting:
     between_eps: float
     head_eps: float
     dim: int
-    attention: attention.Settings
+    attention: Settings
 
 
 def layer(
@@ -73,97 +87,122 @@ def layer(
     return _Layer.apply(x, cos.contiguous(), sin.contiguous(), seen, setting, torch.is_grad_enabled(), *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class _Norm(ctypes.Structure):
+    """`Norm` of layer.cpp."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("sums", ctypes.c_void_p), ("eps", ctypes.c_float))
+
+
+class Whole(ctypes.Structure):
+    """`Layer` of layer.cpp."""
+
+    _fields_ = (
+        ("linear", Linear * 7), ("bias_sums", ctypes.c_void_p * 7), ("norms", _Norm * 4),
+        *((name, ctypes.c_int) for name in ("rows", "width", "dim")),
+        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "q", "k", "attended", "lse")),
+        ("seen", Problem),
+    )  # fmt: skip
+
+
+class _Kept(NamedTuple):
+    """What a layer makes of its tokens: what comes out of the projections (None for gate and up where nothing is learnt, and for what need
+
+    not be kept), queries and keys turned (those that came out, turned in place, where they have no norms), what attention gives, and the
+    log of each query's sum."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    u: Tensor
+    gate: Tensor | None
+    up: Tensor | None
+    y: Tensor | None
+    turned_query: Tensor
+    turned_key: Tensor
+    attended: Tensor
+    lse: Tensor
+
+
+def run(step: str, whole: Whole, *places: ctypes.c_void_p) -> None:
+    """One of the steps of layer.cpp: before, after, forward, backward."""
+    kernels.checked(getattr(kernels.loaded(), f"layer_{step}")(ctypes.byref(whole), *places))
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, seen: Sequences | Attend, setting: Setting, learning: bool, *parameters: Any
     ) -> Tensor:
-        p, dim = Parameters(*parameters), setting.dim
+        p = Parameters(*parameters)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        read, _ = elementwise.norm(rows, p.before, setting.before_eps)
-        projected = products.outputs(read, (p.query, p.key, p.value), (p.query_bias, p.key_bias, p.value_bias))
-        raw = q, k, v = [y.view(len(rows), -1, dim) for y in projected]
-        if p.query_norm is not None and p.key_norm is not None:
-            q, k = (_by_head(y, w, setting.head_eps) for y, w in ((q, p.query_norm), (k, p.key_norm)))
-        q, k = (elementwise.turned(y, cos, sin, out=y) for y in (q, k))
-        lse: Tensor | None = None
+        kept = _room(rows, p, setting.dim, learning)
+        whole = _whole(rows, cos, sin, p, setting, kept, seen if isinstance(seen, Sequences) else None)
         if isinstance(seen, Sequences):
-            attended, lse = attention.forward(q, k, v, seen, setting.attention)
+            run("forward", whole)
         else:
-            attended = seen(q, k, v)
-        attended = attended.reshape(len(rows), -1)
-        (u,) = products.outputs(attended, (p.out,), (p.out_bias,), rows)
-        read, _ = elementwise.norm(u, p.between, setting.between_eps)
-        gate = up = None
-        if learning:
-            gate, up = products.outputs(read, (p.gate, p.up), (p.gate_bias, p.up_bias))
-            inner = elementwise.gated(gate, up)
-        else:
-            inner = products.gated(read, (p.gate, p.up), (p.gate_bias, p.up_bias))
-        (y,) = products.outputs(inner, (p.down,), (p.down_bias,), u)
-        unturned = raw[:2] if p.query_norm is not None else (None, None)
-        ctx.save_for_backward(rows, cos, sin, q, k, v, lse, attended, u, gate, up, *unturned, *parameters)
+            run("before", whole)
+            kept.attended.copy_(seen(kept.turned_query, kept.turned_key, kept.value).reshape(kept.attended.shape))
+            run("after", whole)
+        ctx.save_for_backward(rows, cos, sin, *kept._replace(y=None), *parameters)
         ctx.seen, ctx.setting, ctx.shape = seen, setting, x.shape
-        ctx.sinks = Parameters._make(getattr(w, "main_grad", None) for w in parameters)
-        return y.view(x.shape)
+        ctx.sinks = [getattr(w, "main_grad", None) for w in parameters]
+        assert kept.y is not None
+        return kept.y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        rows, cos, sin, q, k, v, lse, attended, u, gate, up, raw_q, raw_k, *parameters = ctx.saved_tensors
-        p, setting = Parameters(*parameters), ctx.setting
-        learn = _Learnt(p, Parameters(*ctx.needs_input_grad[6:]), ctx.sinks)
-        grad = grads[0].reshape(rows.shape).contiguous()
-
-        inner = products.input_gradient([grad], [p.down])
-        by_gate, by_up = elementwise.gate_gradients(gate, up, inner, again=True)
-        learn.linear(inner, down=grad)
-        read, inverse = elementwise.norm(u, p.between, setting.between_eps)
-        learn.linear(read, gate=by_gate, up=by_up)
-        by_u = learn.norm("between", u, inverse, products.input_gradient([by_gate, by_up], [p.gate, p.up]), grad)
-
-        learn.linear(attended, out=by_u)
-        by_attended = products.input_gradient([by_u], [p.out]).view(q.shape)
-        by_q, by_k, by_v = attention.gradients(by_attended, q, k, v, lse, ctx.seen, setting.attention)
-        by_q, by_k = (elementwise.turned(g, cos, sin, backward=True, out=g) for g in (by_q, by_k))
-        if p.query_norm is not None:
-            by_q, by_k = (learn.head_norm(*which, setting.head_eps) for which in (("query_norm", raw_q, by_q), ("key_norm", raw_k, by_k)))
-        flat = [g.view(len(rows), -1) for g in (by_q, by_k, by_v)]
-        read, inverse = elementwise.norm(rows, p.before, setting.before_eps)
-        learn.linear(read, query=flat[0], key=flat[1], value=flat[2])
-        by_x = learn.norm("before", rows, inverse, products.input_gradient(flat, [p.query, p.key, p.value]), by_u)
-        return by_x.view(ctx.shape), None, None, None, None, None, *(learn.found.get(name) for name in Parameters._fields)
+        rows, cos, sin, *saved = ctx.saved_tensors
+        kept, p = _Kept(*saved[: len(_Kept._fields)]), Parameters(*saved[len(_Kept._fields) :])
+        grad, by_x = grads[0].reshape(rows.shape).contiguous(), torch.empty_like(rows)
+        learning = zip(p, ctx.sinks, ctx.needs_input_grad[6:], strict=True)
+        sums = [_sums(w, sink) if w is not None and wanted else None for w, sink, wanted in learning]
+        whole = _whole(rows, cos, sin, p, ctx.setting, kept, ctx.seen, sums)
+        run("backward", whole, kernels.address(grad), kernels.address(by_x))
+        found = [None if s is None or s is sink else s.to(rows.dtype) for s, sink in zip(sums, ctx.sinks, strict=True)]
+        return by_x.view(ctx.shape), None, None, None, None, None, *found
 
 
-class _Learnt:
-    """Gradients of a layer's parameters, where they are wanted: added to their sinks, or `found` for autograd."""
-
-    def __init__(self, parameters: Parameters, wanted: Parameters, sinks: Parameters) -> None:
-        self.parameters, self.wanted, self.sinks = (values._asdict() for values in (parameters, wanted, sinks))
-        self.found: dict[str, Tensor | None] = {}
-
-    def linear(self, x: Tensor, **grads: Tensor) -> None:
-        """Of the projections that read x, by name."""
-        weights, sinks = ([values[name] for name in grads] for values in (self.parameters, self.sinks))
-        wanted = [(self.wanted[name], self.wanted[f"{name}_bias"]) for name in grads]
-        said = products.parameter_gradients(list(grads.values()), x, weights, sinks, wanted)
-        for name, found in zip(grads, said, strict=True):
-            self.found[name], self.found[f"{name}_bias"] = found
-
-    def norm(self, name: str, x: Tensor, inverse: Tensor, grad: Tensor, plus: Tensor | None) -> Tensor:
-        """Returns plus + the gradient of x."""
-        weight, sink = self.parameters[name], self.sinks[name]
-        by_x, by_weight = elementwise.norm_gradients(x, weight, inverse, grad, plus, self.wanted[name])
-        if by_weight is not None and sink is not None:
-            sink.add_(by_weight)
-        elif by_weight is not None:
-            self.found[name] = by_weight.to(weight.dtype)
-        return by_x
-
-    def head_norm(self, name: str, x: Tensor, grad: Tensor, eps: float) -> Tensor:
-        rows = x.view(-1, x.shape[-1])
-        _, inverse = elementwise.norm(rows, self.parameters[name], eps)
-        return self.norm(name, rows, inverse, grad.view(rows.shape), None).view(x.shape)
+def _room(rows: Float[Tensor, "n width"], p: Parameters, dim: int, learning: bool) -> _Kept:
+    """Where a layer writes what it makes of its tokens."""
+    n, width = rows.shape
+    q, k, v = (rows.new_empty(n, weight.shape[0] // dim, dim) for weight in (p.query, p.key, p.value))
+    turned = (q, k) if p.query_norm is None else (torch.empty_like(q), torch.empty_like(k))
+    gate, up = (rows.new_empty(n, weight.shape[0]) if learning else None for weight in (p.gate, p.up))
+    u, y, attended = (rows.new_empty(n, size) for size in (width, width, p.query.shape[0]))
+    return _Kept(q, k, v, u, gate, up, y, *turned, attended, torch.empty(q.shape[1], n))
 
 
-def _by_head(x: Float[Tensor, "n heads dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "n heads dim"]:
-    return elementwise.norm(x.view(-1, x.shape[-1]), weight, eps)[0].view(x.shape)
+def _whole(
+    rows: Float[Tensor, "n width"],
+    cos: Float[Tensor, "n dim"],
+    sin: Float[Tensor, "n dim"],
+    p: Parameters,
+    setting: Setting,
+    kept: _Kept,
+    seen: Sequences | None,
+    sums: Sequence[Tensor | None] = (None,) * len(Parameters._fields),
+) -> Whole:
+    """A layer as the kernel reads it. sums: where gradients of the parameters are added."""
+    biases = [None if bias is None else bias.float() for bias in p.biases]
+    each = zip(p.weights, biases, kept, sums, strict=False)
+    eps = (setting.before_eps, setting.between_eps, setting.head_eps, setting.head_eps)
+    whole = Whole(
+        (Linear * 7)(*(Linear(*map(_place, tensors), tensors[0].shape[0]) for tensors in each)),
+        (ctypes.c_void_p * 7)(*map(_place, sums[7:14])),
+        (_Norm * 4)(*(_Norm(_place(w), _place(s), e) for w, s, e in zip(p.norms, sums[14:], eps, strict=True))),
+        *rows.shape, setting.dim,
+        *map(_place, (rows, cos, sin, kept.turned_query, kept.turned_key, kept.attended, kept.lse)),
+    )  # fmt: skip
+    if seen is not None:
+        whole.seen = problem(kept.turned_query, kept.turned_key, kept.value, seen, setting.attention)
+    whole.biases = biases  # as long as it lives
+    return whole
+
+
+def _sums(parameter: Tensor, sink: Tensor | None) -> Tensor:
+    """Where the gradient of a parameter is added."""
+    return torch.zeros(parameter.shape) if sink is None else sink
+
+
+def _place(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

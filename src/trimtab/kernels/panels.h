@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "vectors.h"
+#include "parts.h"
 
 constexpr int DEPTH = 1024;                       // pairs of rows of a panel that are laid at a time
 constexpr int PANEL = 64, TILE = TILES ? 32 : 6;  // most columns of a panel, rows of a tile,
@@ -19,15 +19,6 @@ constexpr int ROWS = TILES ? 1024 : 512;          // most rows of a task
 constexpr long LARGE = 1 << 19;                   // outputs that tiles write past the caches
 
 inline thread_local Scratch scratch, shared_scratch;
-
-// A layer [out, in], its bias (may be null), rows [rows, out] of what comes out, or of its gradient, and sums of the weight's gradient.
-struct Linear {
-    const bf16* weight;
-    const float* bias;
-    bf16* rows;
-    float* sums;
-    int out;
-};
 
 // Whether a product of this depth is made by tiles.
 inline bool by_tiles(int depth) { return TILES && depth % TILE_DEPTH == 0; }

@@ -13,8 +13,8 @@ from torch import Tensor
 from trimtab import kernels
 
 
-class _Layer(ctypes.Structure):
-    """`Linear` of panels.h."""
+class Linear(ctypes.Structure):
+    """`Linear` of parts.h."""
 
     _fields_ = (*((name, ctypes.c_void_p) for name in ("weight", "bias", "rows", "sums")), ("out", ctypes.c_int))
 
@@ -54,18 +54,6 @@ def outputs(
     return outs
 
 
-def gated(
-    x: Float[Tensor, "rows in"],
-    weights: tuple[Float[Tensor, "inner in"], Float[Tensor, "inner in"]],
-    biases: tuple[Float[Tensor, " inner"] | None, Float[Tensor, " inner"] | None],
-) -> Float[Tensor, "rows inner"]:
-    """silu(y_0) * y_1 with y_l = x W_l^T + b_l rounded to bfloat16, which are not written down."""
-    made, whole = x.new_empty(len(x), len(weights[0])), [None if bias is None else bias.float() for bias in biases]
-    layers = layers_of((None, None), weights=weights, biases=whole)
-    kernels.checked(kernels.loaded().linear_gated(kernels.address(x), *x.shape, layers, kernels.address(made)))
-    return made
-
-
 def input_gradient(grads: Sequence[Float[Tensor, "rows _"]], weights: Sequence[Float[Tensor, "_ in"]]) -> Float[Tensor, "rows in"]:
     """sum_l g_l W_l"""
     found = grads[0].new_empty(len(grads[0]), weights[0].shape[1])
@@ -82,27 +70,6 @@ def add_weight_gradients(
     kernels.checked(kernels.loaded().linear_weight(layers, len(layers), kernels.address(x), *x.shape))
 
 
-def parameter_gradients(
-    grads: Sequence[Float[Tensor, "rows _"]],
-    x: Float[Tensor, "rows in"],
-    weights: Sequence[Float[Tensor, "_ in"]],
-    sinks: Sequence[Float[Tensor, "_ in"] | None],
-    wanted: Sequence[tuple[bool, bool]],
-) -> list[tuple[Tensor | None, Tensor | None]]:
-    """What autograd is told of every layer's weight and bias, where they are wanted: nothing of a weight whose gradient goes to a sink."""
-    sums = [torch.zeros(weight.shape) if sink is None else sink for weight, sink in zip(weights, sinks, strict=True)]
-    learning = [i for i, (by_weight, _) in enumerate(wanted) if by_weight]
-    if learning:
-        add_weight_gradients([grads[i] for i in learning], x, [sums[i] for i in learning])
-    return [
-        (
-            sums[i].to(weight.dtype) if by_weight and sinks[i] is None else None,
-            grads[i].float().sum(0).to(weight.dtype) if by_bias else None,
-        )
-        for i, (weight, (by_weight, by_bias)) in enumerate(zip(weights, wanted, strict=True))
-    ]
-
-
 def layers_of(
     rows: Sequence[Tensor | None],
     *,
@@ -117,7 +84,7 @@ def layers_of(
         return None if tensor is None else tensor.data_ptr()
 
     outs = [len(weight) for weight in weights or sums or ()]
-    return (_Layer * len(rows))(*(_Layer(*(place(kind, i) for kind in (weights, biases, rows, sums)), out) for i, out in enumerate(outs)))
+    return (Linear * len(rows))(*(Linear(*(place(kind, i) for kind in (weights, biases, rows, sums)), out) for i, out in enumerate(outs)))
 
 
 class _Linear(torch.autograd.Function):
@@ -131,8 +98,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        rows, weight = ctx.saved_tensors
+        (rows, weight), (by_x, by_weight, by_bias) = ctx.saved_tensors, ctx.needs_input_grad
         grad = grads[0].reshape(len(rows), len(weight)).contiguous()
-        by_x = input_gradient([grad], [weight]).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        (by_parameters,) = parameter_gradients([grad], rows, [weight], [ctx.sink], [ctx.needs_input_grad[1:]])
-        return by_x, *by_parameters
+        sums = (torch.zeros(weight.shape) if ctx.sink is None else ctx.sink) if by_weight else None
+        if sums is not None:
+            add_weight_gradients([grad], rows, [sums])
+        return (
+            input_gradient([grad], [weight]).view(ctx.shape) if by_x else None,
+            None if sums is None or ctx.sink is not None else sums.to(weight.dtype),
+            grad.float().sum(0).to(weight.dtype) if by_bias else None,
+        )

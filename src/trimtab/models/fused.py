@@ -162,8 +162,8 @@ def _parameters(self: Any) -> layer.Parameters | None:
     norms = [None if norm is None else norm.weight for norm in (self.input_layernorm, self.post_attention_layernorm, *heads)]
     if not all(weight is None or kernels.serves(weight) for weight in norms):
         return None
-    inside, behind = ([p for part in few for p in (part.weight, part.bias)] for few in (linear[:4], linear[4:]))
-    return layer.Parameters._make((norms[0], *inside, norms[1], *behind, *norms[2:]))
+    weights, biases = ([getattr(part, name) for part in linear] for name in ("weight", "bias"))
+    return layer.Parameters._make((*weights, *biases, *norms))
 
 
 def _setting(self: Any) -> layer.Setting:
