@@ -179,7 +179,7 @@ def test_switching_a_factor_off_changes_no_number(name: str, monkeypatch: pytest
     expected = model.forward(batch).logprobs
     for owner, attribute in (
         (Layout, "of"), (LanguageModel, "predictors"), (LanguageModel, "forward"), (language, "token_logprobs"),
-        (chunks, "PART_BYTES"), (chunks, "SLICE_ELEMENTS"),
+        (chunks, "PART_BYTES"), (chunks, "SLICE_ELEMENTS"), (chunks, "products"), (chunks, "kernels"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, attribute, vars(owner)[attribute])  # restored after the test
     patch = SWITCHES[name].patch

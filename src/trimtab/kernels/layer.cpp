@@ -22,8 +22,6 @@ struct Norm {
     float eps;
 };
 
-}  // namespace
-
 // A layer and `rows` tokens. Rows of the projections are what comes out of each: queries and keys as they are before their norms, where they have
 // such, else turned; u; null for gate and up that are not kept; y. Sums and bias_sums [out] of gradients: null if not wanted.
 struct Layer {
@@ -39,8 +37,6 @@ struct Layer {
 
     int heads(int projection) const { return linear[projection].out / dim; }
 };
-
-namespace {
 
 // Pieces of one region, one after the other.
 class Pieces {
