@@ -14,7 +14,7 @@ constexpr int STRIP = 96;                           // most columns of g of a ta
 constexpr int PAIRS = TILES ? LANES : 1;            // what pairs of its rows are filled up to
 constexpr int LONG = 1 << 14;                       // numbers of a row so long that lines of a column meet in few places of a cache:
 constexpr int WIDE_STRIP = TILES ? 256 : STRIP;     // most columns of g of a task then,
-constexpr int CHUNK = 512, SUMS = 1 << 17;          // columns of g that are brought together, sums of a task
+constexpr int CHUNK = 512, SUMS = 1 << 18;          // columns of g that are brought together, sums of a task
 
 // Sums are the second factor of silu(gate) * up, and rounded as if they had been written down; gate [rows, PANEL].
 struct Gated : Finish {
