@@ -41,15 +41,19 @@ void pack_columns(const bf16* x, long stride, int count, int columns, int pairs,
         }
 }
 
-// The same in the order in which the tile unit reads them, [columns / 16][pairs / 16][16, 16]; `pairs` are whole tiles.
+// The same in the order in which the tile unit reads them, [columns / 16][pairs / 16][16, 16]; `pairs` are whole tiles. Rows that come next are
+// fetched, unless so many columns are read that they would leave the cache before.
 void tile_columns(const bf16* x, long stride, int count, int columns, int pairs, uint32_t* to) {
-    for (int k = 0; k < pairs; k += LANES)
+    for (int k = 0; k < pairs; k += LANES) {
+        for (int i = 2 * (k + LANES); stride < LONG && i < std::min(count, 2 * (k + 2 * LANES)); i++)
+            for (int c = 0; c < columns; c += 32) _mm_prefetch((const char*)(x + i * stride + c), _MM_HINT_T0);
         for (int c = 0; c < columns; c += LANES) {
             __m512i r[16];
             column_pairs(x + c, stride, 2 * k, count, r);
             uint32_t* tile = to + (long)c * pairs + LANES * k;
             for (int i = 0; i < 16; i++) _mm512_storeu_si512(tile + LANES * i, r[i]);
         }
+    }
 }
 
 // Sums [32, 32] that are added to next.
