@@ -26,8 +26,8 @@ constexpr int FILLED = TILES ? TILE_DEPTH : 16;
 inline void written(const void* place = nullptr) { asm volatile("" ::"r"(place) : "memory"); }
 
 // While one of these lives its thread may use tiles: 0 to 3 are sums, 4 rows of the left side, 5 its lower rows if there are fewer than 16, 6
-// rows of the right side. Two more could hold what is loaded twice, but a core has few registers behind these names, and its other thread takes
-// as many as it uses: with six in use here a product of data at hand takes two thirds of the time that it takes with eight.
+// rows of the right side. Two more could hold what is loaded twice, but a core whose other thread is at work has few registers behind the eight
+// names: with six in use a product takes two thirds of the time that it takes with eight.
 class Tiles {
   public:
     Tiles() { set(TILE_ROWS, TILE_ROWS); }
