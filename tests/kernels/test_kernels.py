@@ -159,7 +159,8 @@ def test_linear_layers_are_nearer_to_the_exact_ones_than_torch(sizes: tuple[int,
 @there
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "inner", "outer"), [(1, 16, (16, 48)), (77, 64, (112, 16, 64)), (650, 2064, (32, 4112)), (33, 4112, (80, 80))]
+    ("rows", "inner", "outer"),
+    [(1, 16, (16, 48)), (55, 96, (80,)), (77, 64, (112, 16, 64)), (650, 2064, (32, 4112)), (33, 4112, (80, 80)), (279, 64, (16416,))],
 )
 def test_layers_that_read_the_same_rows_are_nearer_to_the_exact_ones_than_torch(
     rows: int, inner: int, outer: tuple[int, ...], bias: bool
