@@ -79,8 +79,8 @@ void multiply_panel(const Matrix& m, int j, const uint32_t* next, const bf16* a,
     if (TILES && m.in % TILE_DEPTH == 0) {
         for (int i = 0; i < n; i += 32)
             for (int l = 0; l < PANEL; l += 32)
-                tile_product(std::min(32, n - i), std::min(32, PANEL - l), m.in / TILE_DEPTH, TileLeft::rows(a + i * lda, lda), TileRight::rows(b + l, PANEL), c + i * ldc + l, ldc, add, [&](int) {
-                    for (int line = 0; i == 0 && line < 24; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+                tile_product(std::min(32, n - i), std::min(32, PANEL - l), m.in / TILE_DEPTH, TileLeft::rows(a + i * lda, lda), TileRight::rows(b + l, PANEL), c + i * ldc + l, ldc, add, [&](int, int) INLINE {
+                    for (int line = 0; i == 0 && line < 24 / SLOTS; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
                 });
         return;
     }

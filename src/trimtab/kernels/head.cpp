@@ -117,7 +117,7 @@ int head_of_rows(const bf16* x, int rows, int in, const Linear* layer, const int
         const Weighed weighed(wanted, row, column, total_of + place, means ? mean_of + place : nullptr);
         bf16* weights = layer->rows ? layer->rows + (long)row * layer->out + column : nullptr;
         const Goal goal{weights, layer->out, past, &weighed};
-        make({x + (long)row * in, n, in, column, width, nullptr, goal}, *layer, room, panel_ahead(*layer, next, in, n));
+        make({x + (long)row * in, n, in, column, width, nullptr, goal}, *layer, room, panel_ahead(*layer, next, in));
     });
     if (!made) return 1;
     add_up(total_of, panels, rows, totals);

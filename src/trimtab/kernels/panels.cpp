@@ -2,45 +2,69 @@
 
 namespace {
 
-// By tiles: the same, for pairs in whole tiles.
-void multiply_tiles(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, Ahead ahead) {
-    alignas(64) float block[TILE * PANEL];
-    const Goal& goal = part.goal;
-    const bool whole = part.first && part.last, begun = part.first && (part.bias || part.plus);
-    of_width(width, [&](auto vectors) {
-        for (int i = 0; i < count; i += TILE) {
-            const int m = std::min(TILE, count - i);
-            float* sums = whole ? block : part.sums + i * PANEL;
-            const auto each = [&](auto f) {
-                for (int r = 0; r < m; r++)
-                    for (int j = 0; j < vectors(); j++) f(sums + r * PANEL + LANES * j, (i + r) * goal.stride + LANES * j, LANES * j);
-            };
-            if (begun)
-                each([&](float* sum, long place, int c) {
-                    const __m512 x = part.bias ? _mm512_loadu_ps(part.bias + c) : _mm512_setzero_ps();
-                    _mm512_storeu_ps(sum, part.plus ? _mm512_add_ps(x, load(part.plus + place)) : x);
-                });
-            ahead.fetch();
-            for (int r = i; part.last && r < i + m; r++) goal.fetch(r, 1);
-            const bf16* rows = left + (long)i * lda;
-            for (int c = 0; c < width; c += NARROW) {
-                const int n = std::min(NARROW, width - c);
-                tile_product(m, n, 2 * pairs / TILE_DEPTH, TileLeft::rows(rows, lda), TileRight::tiles(right + (long)c * pairs, n), sums + c, PANEL, begun || !part.first, [=](int k) {
-                    for (int r = 0; r < TILE; r++) _mm_prefetch((const char*)(rows + r * lda + (k + 1) * TILE_DEPTH), _MM_HINT_T0);
-                });
-            }
-            if (part.last && goal.finish)
-                (*goal.finish)(i, m, width, sums, goal);
-            else if (part.last && goal.past)
-                for (int r = 0; r < m; r++)
-                    for (int j = 0; j + 1 < vectors(); j += 2) {
-                        const float* sum = sums + r * PANEL + LANES * j;
-                        stream(goal.out + (i + r) * goal.stride + LANES * j, _mm512_loadu_ps(sum), _mm512_loadu_ps(sum + LANES));
-                    }
-            else if (part.last)
-                each([&](float* sum, long place, int) { store(goal.out + place, _mm512_loadu_ps(sum)); });
+// x plus bias and what is added to the row at `place`, from column c on.
+inline __m512 more(__m512 x, const Part& part, long place, int c) {
+    if (part.bias) x = _mm512_add_ps(x, _mm512_loadu_ps(part.bias + c));
+    return part.plus ? _mm512_add_ps(x, load(part.plus + place + c)) : x;
+}
+
+// Sums [width] of a row, with bias and what is added where there is any (MORE), to their goal, past the caches or not.
+template <bool PAST, bool MORE> inline void finish_row(int row, int width, const float* sums, const Part& part) {
+    const long place = row * part.goal.stride;
+    const auto sum = [&](int c) {
+        const __m512 x = _mm512_loadu_ps(sums + c);
+        return MORE ? more(x, part, place, c) : x;
+    };
+    bf16* out = part.goal.out + place;
+    if (PAST)
+        for (int c = 0; c < PANEL; c += 2 * LANES) stream(out + c, sum(c), sum(c + LANES));
+    else
+        for (int c = 0; c < width; c += LANES) store(out + c, sum(c));
+}
+
+// By tiles: the same, for pairs in whole tiles. finish(row, sums) is called for finished rows while the next ones are made: to write them takes as
+// long as a fifth of their products, and neither waits for the other.
+template <typename F>
+void rows_by_tiles(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, Ahead ahead, F finish) {
+    alignas(64) float blocks[2][TILE * PANEL];
+    const bool whole = part.first && part.last;
+    const int steps = 2 * pairs / TILE_DEPTH, each = panels_of(TILE, steps * panels_of(width, NARROW));
+    float *sums = whole ? blocks[0] : part.sums, *finished = sums;
+    ahead.begin((long)panels_of(count, TILE) * panels_of(width, NARROW) * steps);
+    int row = 0;  // the first that is not finished
+    for (int i = 0; i < count; i += TILE) {
+        const int m = std::min(TILE, count - i), due = part.last ? i : 0;
+        const bf16* rows = left + (long)i * lda;
+        for (int r = i; part.last && r < i + m; r++) part.goal.fetch(r, 1);
+        for (int c = 0; c < width; c += NARROW) {
+            const int n = std::min(NARROW, width - c);
+            tile_product(m, n, steps, TileLeft::rows(rows, lda), TileRight::tiles(right + (long)c * pairs, n), sums + c, PANEL, !part.first, [&, rows, lda](int k, int slot) INLINE {
+                fetch_lines(rows + (k + 1) * TILE_DEPTH, 2 * lda, slot);
+                if (slot == SLOTS / 2) ahead.fetch();
+                for (int most = slot ? 0 : each; row < due && most; most--, finished += PANEL) finish(row++, finished);
+            });
         }
-    });
+        if (whole) finished = sums, sums = blocks[i / TILE % 2 == 0];
+        else sums += TILE * PANEL;
+    }
+    for (; part.last && row < count; finished += PANEL) finish(row++, finished);
+}
+
+void multiply_tiles(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, const Ahead& ahead) {
+    const auto with = [&](auto finish) { rows_by_tiles(left, lda, pairs, right, count, width, part, ahead, finish); };
+    const Goal& goal = part.goal;
+    const bool adds = part.bias || part.plus;
+    if (goal.finish)
+        with([&](int row, float* sums) {
+            for (int c = 0; adds && c < width; c += LANES) _mm512_storeu_ps(sums + c, more(_mm512_loadu_ps(sums + c), part, row * goal.stride, c));
+            (*goal.finish)(row, 1, width, sums, goal);
+        });
+    else if (goal.past)
+        adds ? with([&](int row, float* sums) { finish_row<true, true>(row, width, sums, part); })
+             : with([&](int row, float* sums) { finish_row<true, false>(row, width, sums, part); });
+    else
+        adds ? with([&](int row, float* sums) { finish_row<false, true>(row, width, sums, part); })
+             : with([&](int row, float* sums) { finish_row<false, false>(row, width, sums, part); });
 }
 
 }  // namespace
@@ -48,6 +72,7 @@ void multiply_tiles(const bf16* left, long lda, int pairs, const uint32_t* right
 void multiply(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, Ahead ahead) {
     if (by_tiles(2 * pairs)) return multiply_tiles(left, lda, pairs, right, count, width, part, ahead);
     const Goal& goal = part.goal;
+    ahead.begin(panels_of(count, TILE));
     of_width(width, [&](auto vectors) {
         in_tiles<6>(count, [&](auto tile, int i) {
             __m512 sum[tile()][vectors()];
@@ -57,14 +82,12 @@ void multiply(const bf16* left, long lda, int pairs, const uint32_t* right, int 
             };
             if (!part.first)
                 each([&](__m512& x, int r, int c) { x = _mm512_loadu_ps(part.sums + r * PANEL + c); });
-            else if (part.bias)
-                each([&](__m512& x, int, int c) { x = _mm512_loadu_ps(part.bias + c); });
             else
                 each([&](__m512& x, int, int) { x = _mm512_setzero_ps(); });
-            if (part.first && part.plus) each([&](__m512& x, int r, int c) { x = _mm512_add_ps(x, load(part.plus + r * goal.stride + c)); });
             ahead.fetch();
             for (int r = i; part.last && r < i + tile(); r++) goal.fetch(r, width);
             accumulate(pairs, left + (long)i * lda, lda, 2, right, width, sum, []() {});
+            if (part.last && (part.bias || part.plus)) each([&](__m512& x, int r, int c) { x = more(x, part, r * goal.stride, c); });
             if (part.last && !goal.finish) return each([&](__m512& x, int r, int c) { store(goal.out + r * goal.stride + c, x); });
             float* sums = part.sums + i * PANEL;
             each([&](__m512& x, int r, int c) { _mm512_storeu_ps(sums + (r - i) * PANEL + c, x); });
@@ -82,7 +105,7 @@ void make(const Outputs& y, const Linear& layer, const Room& room, const Ahead& 
             pack_transposed(layer.weight + (long)(y.column + c) * y.in + from, y.in, side, now, side, room.right + (long)c * now / 2, by_tiles(now));
         }
         const Part part{first, last, layer.bias ? layer.bias + y.column : nullptr, y.plus, room.sums, y.goal};
-        multiply(y.x + from, y.in, now / 2, room.right, y.rows, y.width, part, last ? ahead : Ahead(nullptr, 0, 0, 0, y.rows));
+        multiply(y.x + from, y.in, now / 2, room.right, y.rows, y.width, part, last ? ahead : Ahead(nullptr, 0, 0, 0));
     }
     if (y.goal.past) _mm_sfence();
 }

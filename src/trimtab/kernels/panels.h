@@ -72,22 +72,24 @@ template <typename F> bool each_part(int rows, int panels, int beside, F f) {
     return !failed;
 }
 
-// Rows of weights that are fetched into the second-level cache, some with every tile of a product of `count` rows.
+// Rows of weights that are fetched into the second-level cache, some with every call of `fetch`.
 class Ahead {
   public:
-    Ahead(const bf16* first, long stride, int bytes, int rows, int count) : row_(first), stride_(stride), bytes_(bytes), left_(rows) {
-        const int tiles = std::max(1, count / TILE);
-        each_ = (rows + tiles - 1) / tiles;
-    }
+    Ahead(const bf16* first, long stride, int bytes, int rows) : row_(first), stride_(stride), bytes_(bytes), left_(rows) {}
+    // How often it will be called.
+    void begin(long calls) { each_ = (int)(((long)left_ * panels_of(bytes_, 64) + calls - 1) / calls); }
     void fetch() {
-        for (int i = std::min(each_, left_); i > 0; i--, left_--, row_ += stride_)
-            for (int b = 0; b < bytes_; b += 64) _mm_prefetch((const char*)row_ + b, _MM_HINT_T1);
+        for (int i = 0; i < each_ && left_; i++) {
+            _mm_prefetch((const char*)row_ + at_, _MM_HINT_T1);
+            at_ += 64;
+            if (at_ >= bytes_) at_ = 0, row_ += stride_, left_--;
+        }
     }
 
   private:
     const bf16* row_;
     long stride_;
-    int bytes_, left_, each_;
+    int bytes_, left_, at_ = 0, each_ = 0;
 };
 
 struct Goal;
@@ -111,8 +113,8 @@ struct Goal {
     }
 };
 
-// One part of the depth of a panel of sums [count, width]: whether it is the first (then the sums begin with `bias` and the rows `plus`,
-// where these are not null), whether the last (then they go to `goal`; before that they are kept in `sums`).
+// One part of the depth of a panel of sums [count, width]: whether it is the first, whether the last (then `bias` and the rows `plus` are added,
+// where these are not null, and the sums go to `goal`; before that they are kept in `sums`).
 struct Part {
     bool first, last;
     const float* bias;
@@ -134,7 +136,7 @@ struct Outputs {
 
 void make(const Outputs& y, const Linear& layer, const Room& room, const Ahead& ahead);
 
-// What fetches the weights of a panel of a layer [out, in], while `rows` rows are multiplied. Of panel -1 there is nothing.
-inline Ahead panel_ahead(const Linear& layer, int panel, int in, int rows) {
-    return {layer.weight + (long)panel * PANEL * in, 32, 64, panel < 0 ? 0 : std::min(PANEL, layer.out - panel * PANEL) * in / 32, rows};
+// What fetches the weights of a panel of a layer [out, in]. Of panel -1 there is nothing.
+inline Ahead panel_ahead(const Linear& layer, int panel, int in) {
+    return {layer.weight + (long)panel * PANEL * in, 32, 64, panel < 0 ? 0 : std::min(PANEL, layer.out - panel * PANEL) * in / 32};
 }

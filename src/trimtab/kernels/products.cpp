@@ -98,7 +98,7 @@ bool long_input(const Linear& layer, int rows, int in, bf16* found) {
                     const int width = std::min(PANEL, in - column);
                     const bf16* weight = layer.weight + (long)from * in + column;
                     for (int c = 0; c < width; c += NARROW) pack_rows(weight + c, in, now, std::min(NARROW, width - c), now, right + (long)c * now / 2, true);
-                    const Ahead ahead(weight + (long)now * in, in, 2 * PANEL, then, n);
+                    const Ahead ahead(weight + (long)now * in, in, 2 * PANEL, then);
                     float* sum = sums + column / PANEL * block;
                     const Part part{from == 0, from + now == layer.out, nullptr, nullptr, sum, {found + (long)row * in + column, in, false}};
                     multiply(left, close, now / 2, right, n, width, part, ahead);
@@ -134,7 +134,7 @@ int linear_forward(const bf16* x, int rows, int in, const Linear* layers, int co
         const int column = panel * PANEL, width = std::min(PANEL, layer.out - column);
         const long place = (long)row * layer.out + column;
         const Outputs made{x + (long)row * in, n, in, column, width, plus ? plus + place : nullptr, {layer.rows + place, layer.out, past}};
-        make(made, layer, room, panel_ahead(then, next, in, n));
+        make(made, layer, room, panel_ahead(then, next, in));
     });
 }
 
@@ -145,9 +145,9 @@ int linear_gated(const bf16* x, int rows, int in, const Linear* layers, bf16* z)
         const int column = panel * PANEL;
         const Gated gated(room.beside);
         Outputs factor{x + (long)row * in, n, in, column, std::min(PANEL, out - column), nullptr, {room.beside, PANEL, false}};
-        make(factor, layers[0], room, panel_ahead(layers[1], panel, in, n));
+        make(factor, layers[0], room, panel_ahead(layers[1], panel, in));
         factor.goal = {z + (long)row * out + column, out, false, &gated};
-        make(factor, layers[1], room, panel_ahead(layers[0], next, in, n));
+        make(factor, layers[1], room, panel_ahead(layers[0], next, in));
     });
 }
 
@@ -168,7 +168,7 @@ int linear_input(const Linear* layers, int count, int rows, int in, bf16* found)
                 const Linear& then = more ? layer : layers[last ? 0 : l + 1];
                 const int begin = more ? after : 0, place = last ? next * PANEL : column;
                 const int lines = last && next < 0 ? 0 : std::min(2 * DEPTH, then.out - begin);
-                const Ahead ahead(then.weight + (long)begin * in + place, in, 2 * PANEL, lines, n);
+                const Ahead ahead(then.weight + (long)begin * in + place, in, 2 * PANEL, lines);
                 const Part part{first, last, nullptr, nullptr, room.sums, {found + (long)row * in + column, in, past}};
                 multiply(layer.rows + (long)row * layer.out + from, layer.out, now / 2, room.right, n, width, part, ahead);
             }
@@ -208,7 +208,11 @@ int linear_weight(const Linear* layers, int count, const bf16* x, int rows, int 
             const int now = std::min(2 * DEPTH, rows - row), pairs = round_up((now + 1) / 2, PAIRS);
             const auto panel = [&](int p) { return right + (long)p * WIDTH * pairs; };
 #pragma omp for schedule(static)
-            for (int p = 0; p < panels; p++) pack_rows(x + (long)row * in + p * WIDTH, in, now, std::min(WIDTH, in - p * WIDTH), 2 * pairs, panel(p), TILES);
+            for (int k = 0; k < 2 * pairs; k += TILE_DEPTH)
+                for (int p = 0; p < panels; p++) {
+                    const int width = std::min(WIDTH, in - p * WIDTH), depth = std::min(TILE_DEPTH, 2 * pairs - k);
+                    pack_rows(x + (long)(row + k) * in + p * WIDTH, in, std::max(0, now - k), width, depth, panel(p) + (long)k / 2 * width, TILES);
+                }
 #pragma omp for schedule(dynamic, 1)
             for (int s = 0; s < strips; s++) {
                 const Linear* layer = layers;
@@ -227,9 +231,8 @@ int linear_weight(const Linear* layers, int count, const bf16* x, int rows, int 
                             const uint32_t* theirs = panel(p);
                             float* block = sums + (long)c * in + p * WIDTH;
                             fetch_block(c + TILE < columns ? block + TILE * (long)in : sums + (p + 1) * WIDTH, in);
-                            tile_product(std::min(TILE, columns - c), n, pairs / LANES, mine, TileRight::tiles(theirs, n), block, in, true, [=](int k) {
-                                for (int r = 0; r < 32; r++) _mm_prefetch((const char*)(theirs + (k + 1) * LANES * 32 + r * LANES), _MM_HINT_T0);
-                            });
+                            tile_product(std::min(TILE, columns - c), n, pairs / LANES, mine, TileRight::tiles(theirs, n), block, in, true,
+                                         [=](int k, int slot) INLINE { fetch_lines(theirs + (k + 1) * LANES * WIDTH, 64, slot); });
                         }
                     continue;
                 }

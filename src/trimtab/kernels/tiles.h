@@ -25,9 +25,17 @@ constexpr int FILLED = TILES ? TILE_DEPTH : 16;
 // What was stored before is in memory: the compiler does not know what tile instructions read.
 inline void written(const void* place = nullptr) { asm volatile("" ::"r"(place) : "memory"); }
 
-// While one of these lives its thread may use tiles: 0 to 3 are sums, 4 rows of the left side, 5 its lower rows if there are fewer than 16, 6
-// rows of the right side. Two more could hold what is loaded twice, but a core whose other thread is at work has few registers behind the eight
-// names: with six in use a product takes two thirds of the time that it takes with eight.
+constexpr int SLOTS = 8;  // calls of between in a step of products by tiles
+
+// Fetches into the first-level cache those of 32 lines, `stride` bytes apart, that are this slot's.
+[[gnu::always_inline]] inline void fetch_lines(const void* first, long stride, int slot) {
+    for (int i = 4 * slot; i < 4 * slot + 4; i++) _mm_prefetch((const char*)first + i * stride, _MM_HINT_T0);
+}
+
+#define INLINE __attribute__((always_inline))  // of a lambda
+
+// While one of these lives its thread may use tiles: 0 to 3 are sums, 4 rows of the left side and 5 its lower ones, 6 rows of the right side. A
+// name takes a register until it is set to zero, and a core whose other thread is at work has few: what was read last is let go at once.
 class Tiles {
   public:
     Tiles() { set(TILE_ROWS, TILE_ROWS); }
@@ -80,8 +88,9 @@ struct TileRight {
 };
 
 #ifdef __AMX_BF16__
-// c [16 or fewer rows x DOWN, 16 ACROSS] (+)= a b for `steps` times 32 numbers. between(k) is called before each. WHOLE: of 16 lower rows.
-template <int DOWN, int ACROSS, bool WHOLE, typename F>
+// c [16 or fewer rows x DOWN, 16 ACROSS] (+)= a b for `steps` times 32 numbers. between(k, 0) .. between(k, 7) are called among the instructions of
+// step k, for what can be done meanwhile: lines of a cache fetched a few at a time do not hold up the loads of tiles, all at once they do.
+template <int DOWN, int ACROSS, typename F>
 inline void tile_block(int steps, TileLeft a, TileRight b, float* c, long ldc, bool add, F between) {
     constexpr bool low = DOWN == 2, right = ACROSS == 2;
     float* under = c + TILE_ROWS * ldc;
@@ -99,29 +108,26 @@ inline void tile_block(int steps, TileLeft a, TileRight b, float* c, long ldc, b
         _tile_zero(3);
     }
     for (int k = 0; k < steps; k++, a.at += a.step, b.at += b.step) {
-        between(k);
+        between(k, 0);
         _tile_loadd(6, b.at, b_bytes);
+        between(k, 1);
         _tile_loadd(4, a.at, a_bytes);
+        between(k, 2);
         _tile_dpbf16ps(0, 4, 6);
-        if (right) {
-            _tile_loadd(6, b.at + b.right, b_bytes);
-            _tile_dpbf16ps(1, 4, 6);
-        }
-        if (low && WHOLE) {
-            _tile_loadd(4, a.at + a.lower, a_bytes);
-            if (right) {
-                _tile_dpbf16ps(3, 4, 6);
-                _tile_loadd(6, b.at, b_bytes);
-            }
-            _tile_dpbf16ps(2, 4, 6);
-        } else if (low) {
-            _tile_loadd(5, a.at + a.lower, a_bytes);
-            if (right) {
-                _tile_dpbf16ps(3, 5, 6);
-                _tile_loadd(6, b.at, b_bytes);
-            }
-            _tile_dpbf16ps(2, 5, 6);
-        }
+        between(k, 3);
+        if (low) _tile_loadd(5, a.at + a.lower, a_bytes);
+        between(k, 4);
+        if (low) _tile_dpbf16ps(2, 5, 6);
+        _tile_zero(6);
+        between(k, 5);
+        if (right) _tile_loadd(6, b.at + b.right, b_bytes);
+        between(k, 6);
+        if (low && right) _tile_dpbf16ps(3, 5, 6);
+        if (low) _tile_zero(5);
+        between(k, 7);
+        if (right) _tile_dpbf16ps(1, 4, 6);
+        if (right) _tile_zero(6);
+        _tile_zero(4);
     }
     _tile_stored(0, c, c_bytes);
     if (right) _tile_stored(1, c + 16, c_bytes);
@@ -136,11 +142,9 @@ inline void tile_product(int m, int n, int steps, const TileLeft& a, const TileR
 #ifdef __AMX_BF16__
     const int upper = std::min(m, TILE_ROWS), lower = m - upper;
     Tiles::rows(upper, lower);
-    if (lower == TILE_ROWS)
-        n > 16 ? tile_block<2, 2, true>(steps, a, b, c, ldc, add, between) : tile_block<2, 1, true>(steps, a, b, c, ldc, add, between);
-    else if (lower)
-        n > 16 ? tile_block<2, 2, false>(steps, a, b, c, ldc, add, between) : tile_block<2, 1, false>(steps, a, b, c, ldc, add, between);
+    if (lower)
+        n > 16 ? tile_block<2, 2>(steps, a, b, c, ldc, add, between) : tile_block<2, 1>(steps, a, b, c, ldc, add, between);
     else
-        n > 16 ? tile_block<1, 2, false>(steps, a, b, c, ldc, add, between) : tile_block<1, 1, false>(steps, a, b, c, ldc, add, between);
+        n > 16 ? tile_block<1, 2>(steps, a, b, c, ldc, add, between) : tile_block<1, 1>(steps, a, b, c, ldc, add, between);
 #endif
 }

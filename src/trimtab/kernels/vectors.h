@@ -138,7 +138,7 @@ inline void product(int m, int n, int pairs, const bf16* a, long lda, const uint
     if (TILES && 2 * pairs % TILE_DEPTH == 0) {
         for (int j = 0; j < n; j += 32)
             for (int i = 0; i < m; i += 32)
-                tile_product(std::min(32, m - i), std::min(32, n - j), 2 * pairs / TILE_DEPTH, TileLeft::rows(a + i * lda, lda), TileRight::rows(b + j, ldb), c + i * ldc + j, ldc, add, [](int) {});
+                tile_product(std::min(32, m - i), std::min(32, n - j), 2 * pairs / TILE_DEPTH, TileLeft::rows(a + i * lda, lda), TileRight::rows(b + j, ldb), c + i * ldc + j, ldc, add, [](int, int) INLINE {});
         return;
     }
     for (; n >= 64; n -= 64, b += 64, c += 64) product_columns<4>(m, pairs, a, lda, b, ldb, c, ldc, add);
