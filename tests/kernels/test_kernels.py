@@ -56,10 +56,10 @@ def error(found: Tensor, right: Tensor) -> float:
 @there
 @pytest.mark.parametrize("window", [None, 37])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("sizes", SIZES)
-def test_attention_is_nearer_to_the_exact_one_than_torch(sizes: str, window: int | None, softcap: float | None) -> None:
+@pytest.mark.parametrize(("sizes", "queries"), [*((sizes, 3) for sizes in SIZES), ("ragged", 1), ("ragged", 5)])
+def test_attention_is_nearer_to_the_exact_one_than_torch(sizes: str, queries: int, window: int | None, softcap: float | None) -> None:
     plan, settings = layout_of(SIZES[sizes]).plan, AttentionSettings(0.2, window, softcap)
-    inputs = [draw(plan.tokens, heads, 32, seed=i) for i, heads in enumerate((6, 2, 2))]
+    inputs = [draw(plan.tokens, heads, 32, seed=i) for i, heads in enumerate((2 * queries, 2, 2))]
 
     def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         fresh = Plan(plan.spans, plan.tokens)

@@ -22,9 +22,13 @@ struct Keys {
     float *grad_key, *grad_value;  // [dim, width]
 };
 
-// Queries that are taken at once, an even number: fewer where they see so much that their scores would leave the cache.
-constexpr int MOST = TILES ? 64 : 48;
-int tile_of(int seen) { return seen <= 1024 ? MOST : seen <= 2048 ? MOST / 2 : MOST / 4; }
+// Rows that are taken at once: queries of some heads that read the same keys, of each so many (an even number), fewer where they see so much
+// that their scores would leave the cache. With more heads and fewer queries of each, fewer scores are made of what comes later and is not seen.
+constexpr int TOGETHER = TILES ? 4 : 1, MOST = TILES ? 128 : 48;
+int queries_of(int heads, int seen) {
+    const int most = heads > 1 ? MOST / TOGETHER : TILES ? MOST / 2 : MOST;
+    return seen <= 1024 ? most : seen <= 2048 ? most / 2 : most / 4;
+}
 
 // What a row sees: columns from .. to.
 struct Span {
@@ -50,7 +54,7 @@ class Task {
             bytes += backward ? 3 * packed + 2 * Scratch::padded<float>((size_t)width * p.dim) : 2 * packed;
         }
         const size_t scores = (size_t)MOST * longest;
-        bytes += 2 * Scratch::padded<float>(scores) + Scratch::padded<float>(longest);
+        bytes += 2 * Scratch::padded<float>(scores) + Scratch::padded<float>(2 * longest);
         bytes += Scratch::padded<bf16>(scores) + 2 * Scratch::padded<uint32_t>(scores / 2);
         bytes += Scratch::padded<float>((size_t)MOST * p.dim) + 2 * Scratch::padded<bf16>((size_t)MOST * p.dim);
         scratch.begin(bytes);
@@ -77,7 +81,7 @@ class Task {
         }
         scores_ = scratch.take<float>(scores);
         pull_ = scratch.take<float>(scores);
-        steep_ = scratch.take<float>(longest);
+        steep_ = scratch.take<float>(2 * longest);
         weights_ = scratch.take<bf16>(scores);
         weight_pairs_ = scratch.take<uint32_t>(scores / 2);
         pull_pairs_ = scratch.take<uint32_t>(scores / 2);
@@ -87,54 +91,39 @@ class Task {
     }
 
     void forward(bf16* out, float* lse) {
-        each_tile([&](const Keys& own, const Keys* prompt, int t0, int m, int h) {
-            const bf16* q = p.q + (own.start + t0) * p.q_stride + h * p.dim;
-            const int left = prompt ? prompt->width : 0, n = left + round_up(t0 + m, FILLED);
-            score(q, p.q_stride, own, prompt, t0, m, n);
+        each_tile([&](const Tile& t) {
+            score(t);
             float scale[MOST];
-            for (int i = 0; i < m; i++) {
-                float* row = scores_ + (long)i * n;
-                const float top = highest(row, prompt, t0 + i, n);
-                const float sum = exponentials(row, top, n, weights_ + (long)i * n);
+            t.each_row([&](int i, int h, int token) {
+                float* row = scores_ + (long)i * t.seen;
+                const float top = highest(row, t, token);
+                const float sum = exponentials(row, top, t.seen, weights_ + (long)i * t.seen);
                 scale[i] = 1 / sum;
-                lse[(long)h * p.tokens + own.start + t0 + i] = top + std::log(sum);
-            }
-            if (prompt) product(m, p.dim, left / 2, weights_, n, prompt->value, p.dim, out_, p.dim, false);
-            product(m, p.dim, (n - left) / 2, weights_ + left, n, own.value, p.dim, out_, p.dim, prompt != nullptr);
-            for (int i = 0; i < m; i++)
-                for (int d = 0; d < p.dim; d += LANES)
-                    store(out + ((long)(own.start + t0 + i) * p.heads + h) * p.dim + d,
-                          _mm512_mul_ps(_mm512_loadu_ps(out_ + (long)i * p.dim + d), _mm512_set1_ps(scale[i])));
+                lse[(long)h * p.tokens + t.own->start + token] = top + std::log(sum);
+            });
+            sums(t, &Keys::value);
+            t.each_row([&](int i, int h, int token) { give_row(i, scale[i], out + ((long)(t.own->start + token) * p.heads + h) * p.dim); });
         });
     }
 
     // dV = W^T dO, dS = W * (dO V^T - rowsum(W * dO V^T)), dQ = scale dS K, dK = scale dS^T Q.
     void backward(const bf16* grad, long grad_stride, const float* lse, bf16* grad_q, bf16* grad_k, bf16* grad_v) {
-        each_tile([&](const Keys& own, const Keys* prompt, int t0, int m, int h) {
-            const bf16 *q = p.q + (own.start + t0) * p.q_stride + h * p.dim, *g = grad + (own.start + t0) * grad_stride + h * p.dim;
-            const int left = prompt ? prompt->width : 0, n = left + round_up(t0 + m, FILLED);
-            score(q, p.q_stride, own, prompt, t0, m, n);
-            if (prompt) product(m, left, p.dim / 2, g, grad_stride, prompt->value_t, left, pull_, n, false);
-            product(m, n - left, p.dim / 2, g, grad_stride, own.value_t, own.width, pull_ + left, n, false);
-            for (int i = 0; i < m; i++) slope(i, n, lse[(long)h * p.tokens + own.start + t0 + i], prompt, t0 + i);
-            const int even = round_up(m, TILES ? FILLED : 2);
-            std::memset(scores_ + (long)m * n, 0, (size_t)(even - m) * n * sizeof(float));
-            std::memset(pull_ + (long)m * n, 0, (size_t)(even - m) * n * sizeof(float));
-            pair_up(scores_, even, n, weight_pairs_, nullptr);
-            pair_up(pull_, even, n, pull_pairs_, weights_);
-            if (prompt) product(m, p.dim, left / 2, weights_, n, prompt->key, p.dim, out_, p.dim, false);
-            product(m, p.dim, (n - left) / 2, weights_ + left, n, own.key, p.dim, out_, p.dim, prompt != nullptr);
-            for (int i = 0; i < m; i++)
-                for (int d = 0; d < p.dim; d += LANES)
-                    store(grad_q + ((long)(own.start + t0 + i) * p.heads + h) * p.dim + d, _mm512_loadu_ps(out_ + (long)i * p.dim + d));
-            transpose_rows(q, p.q_stride, m, even, query_t_);
-            transpose_rows(g, grad_stride, m, even, grad_t_);
-            if (prompt) {
-                product(p.dim, left, even / 2, query_t_, even, pull_pairs_, n, prompt->grad_key, left, true);
-                product(p.dim, left, even / 2, grad_t_, even, weight_pairs_, n, prompt->grad_value, left, true);
+        each_tile([&](const Tile& t) {
+            score(t);
+            each_sight(t, grad, grad_stride, &Keys::value_t, pull_);
+            const int even = round_up(t.rows(), TILES ? FILLED : 2);
+            for (int i = 0; i < even; i += 2) slope(i, t, lse);
+            sums(t, &Keys::key);
+            t.each_row([&](int i, int h, int token) { give_row(i, 1, grad_q + ((long)(t.own->start + token) * p.heads + h) * p.dim); });
+            transpose_rows(t, p.q, p.q_stride, even, query_t_);
+            transpose_rows(t, grad, grad_stride, even, grad_t_);
+            const int left = t.left();
+            if (t.prompt) {
+                product(p.dim, left, even / 2, query_t_, even, pull_pairs_, t.seen, t.prompt->grad_key, left, true);
+                product(p.dim, left, even / 2, grad_t_, even, weight_pairs_, t.seen, t.prompt->grad_value, left, true);
             }
-            product(p.dim, n - left, even / 2, query_t_, even, pull_pairs_ + left, n, own.grad_key, own.width, true);
-            product(p.dim, n - left, even / 2, grad_t_, even, weight_pairs_ + left, n, own.grad_value, own.width, true);
+            product(p.dim, t.seen - left, even / 2, query_t_, even, pull_pairs_ + left, t.seen, t.own->grad_key, t.own->width, true);
+            product(p.dim, t.seen - left, even / 2, grad_t_, even, weight_pairs_ + left, t.seen, t.own->grad_value, t.own->width, true);
         });
         for (const Keys& keys : sequences_) {
             give(keys.grad_key, keys, grad_k);
@@ -143,40 +132,76 @@ class Task {
     }
 
   private:
+    // Queries from .. from + count - 1 of a sequence, of heads first .. first + heads - 1: a row for every query of the first head, then of the next.
+    struct Tile {
+        const Keys *own, *prompt;  // prompt: null if there is none
+        int from, count, first, heads;
+        int seen = left() + round_up(from + count, FILLED);  // columns: of the prompt, then of the sequence
+
+        int left() const { return prompt ? prompt->width : 0; }
+        int rows_of_head() const { return round_up(count, 2); }
+        int rows() const { return heads * rows_of_head(); }
+        bool real(int row) const { return row < rows() && row % rows_of_head() < count; }
+        int token(int row) const { return from + row % rows_of_head(); }
+        int head(int row) const { return first + row / rows_of_head(); }
+        // f(row, head, token) for all queries.
+        template <typename F> void each_row(F f) const {
+            for (int row = 0; row < rows(); row++)
+                if (real(row)) f(row, head(row), token(row));
+        }
+    };
+
     template <typename F> void each_tile(F f) {
-        const int rep = p.heads / p.kv;
+        const int rep = p.heads / p.kv, end = (head_ + 1) * rep;
         for (size_t s = 0; s < sequences_.size(); s++) {
             const Keys& own = sequences_[s];
             const Keys* prompt = s && sequences_[0].length ? &sequences_[0] : nullptr;
-            const int tile = tile_of(own.width + (prompt ? prompt->width : 0));
-            for (int h = head_ * rep; h < (head_ + 1) * rep; h++)
-                for (int t0 = 0; t0 < own.length; t0 += tile) f(own, prompt, t0, std::min(tile, own.length - t0), h);
+            for (int h = head_ * rep; h < end; h += TOGETHER) {
+                const int heads = std::min(TOGETHER, end - h), count = queries_of(heads, own.width + (prompt ? prompt->width : 0));
+                for (int from = 0; from < own.length; from += count) f(Tile{&own, prompt, from, std::min(count, own.length - from), h, heads});
+            }
         }
     }
 
-    void score(const bf16* q, long stride, const Keys& own, const Keys* prompt, int t0, int m, int n) {
-        const int left = prompt ? prompt->width : 0;
-        if (prompt) product(m, left, p.dim / 2, q, stride, prompt->key_t, left, scores_, n, false);
-        product(m, n - left, p.dim / 2, q, stride, own.key_t, own.width, scores_ + left, n, false);
+    // to [rows, seen] = the tile's rows of x [tokens, heads, dim] times the keys or values of all that is seen, head by head.
+    void each_sight(const Tile& t, const bf16* x, long stride, uint32_t* Keys::*side, float* to) {
+        for (int j = 0; j < t.heads; j++) {
+            const bf16* rows = x + (t.own->start + t.from) * stride + (long)(t.first + j) * p.dim;
+            float* here = to + (long)j * t.rows_of_head() * t.seen;
+            if (t.prompt) product(t.count, t.left(), p.dim / 2, rows, stride, t.prompt->*side, t.left(), here, t.seen, false);
+            product(t.count, t.seen - t.left(), p.dim / 2, rows, stride, t.own->*side, t.own->width, here + t.left(), t.seen, false);
+        }
     }
 
-    // f(column, lanes that row t sees) for all columns.
-    template <typename F> void each_vector(const Keys* prompt, int t, int n, F f) {
-        const int left = prompt ? prompt->width : 0;
-        if (prompt) {
-            const Span span = seen_prompt(p, prompt->length, t);
+    void score(const Tile& t) { each_sight(t, p.q, p.q_stride, &Keys::key_t, scores_); }
+
+    // out_ [rows, dim] = weights_ [rows, seen] times the keys or values.
+    void sums(const Tile& t, uint32_t* Keys::*side) {
+        if (t.prompt) product(t.rows(), p.dim, t.left() / 2, weights_, t.seen, t.prompt->*side, p.dim, out_, p.dim, false);
+        product(t.rows(), p.dim, (t.seen - t.left()) / 2, weights_ + t.left(), t.seen, t.own->*side, p.dim, out_, p.dim, t.prompt != nullptr);
+    }
+
+    void give_row(int row, float scale, bf16* to) {
+        for (int d = 0; d < p.dim; d += LANES) store(to + d, _mm512_mul_ps(_mm512_loadu_ps(out_ + (long)row * p.dim + d), _mm512_set1_ps(scale)));
+    }
+
+    // f(column, lanes that the token sees) for all columns.
+    template <typename F> void each_vector(const Tile& t, int token, F f) {
+        const int left = t.left();
+        if (t.prompt) {
+            const Span span = seen_prompt(p, t.prompt->length, token);
             for (int c = 0; c < left; c += LANES) f(c, lanes_of(span, c));
         }
-        const Span span = seen_own(p, t);
-        for (int c = left; c < n; c += LANES) f(c, lanes_of(span, c - left));
+        const Span span = seen_own(p, token);
+        for (int c = left; c < t.seen; c += LANES) f(c, lanes_of(span, c - left));
     }
 
     // Scaled, capped and masked scores in place; their maximum.
-    float highest(float* row, const Keys* prompt, int t, int n) {
+    float highest(float* row, const Tile& t, int token) {
         const __m512 scale = _mm512_set1_ps(p.softcap ? p.scale / p.softcap : p.scale), cap = _mm512_set1_ps(p.softcap);
         const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
         __m512 top = hidden;
-        each_vector(prompt, t, n, [&](int c, __mmask16 seen) {
+        each_vector(t, token, [&](int c, __mmask16 seen) {
             __m512 x = _mm512_mul_ps(_mm512_loadu_ps(row + c), scale);
             if (p.softcap) x = _mm512_mul_ps(hyperbolic_tangent(x), cap);
             x = _mm512_mask_blend_ps(seen, hidden, x);
@@ -196,57 +221,63 @@ class Task {
         return _mm512_reduce_add_ps(sum);
     }
 
-    // Row i: scores become weights, what is pulled at the weights becomes what is pulled at the products q k.
-    void slope(int i, int n, float lse, const Keys* prompt, int t) {
-        float *row = scores_ + (long)i * n, *pull = pull_ + (long)i * n;
-        const __m512 scale = _mm512_set1_ps(p.softcap ? p.scale / p.softcap : p.scale);
-        const __m512 cap = _mm512_set1_ps(p.softcap), one = _mm512_set1_ps(1);
-        __m512 sum = _mm512_setzero_ps();
-        each_vector(prompt, t, n, [&](int c, __mmask16 seen) {
-            __m512 x = _mm512_mul_ps(_mm512_loadu_ps(row + c), scale), g = _mm512_loadu_ps(pull + c), steep = one;
-            if (p.softcap) {
-                const __m512 bent = hyperbolic_tangent(x);
-                steep = _mm512_fnmadd_ps(bent, bent, one);
-                x = _mm512_mul_ps(bent, cap);
+    // Rows i and i + 1, zeros where there is no query: scores become weights, what is pulled at the weights becomes what is pulled at the products
+    // q k. Both in pairs, and the latter in plain rows, in weights_, too.
+    void slope(int i, const Tile& t, const float* lse) {
+        const __m512 scale = _mm512_set1_ps(p.scale);
+        __m512 mean[2];
+        for (int r = 0; r < 2; r++)
+            if (t.real(i + r)) mean[r] = _mm512_set1_ps(weigh(i + r, t, lse[(long)t.head(i + r) * p.tokens + t.own->start + t.token(i + r)], steep_ + r * t.seen));
+        for (int c = 0; c < t.seen; c += LANES) {
+            __m256i weights[2], pulls[2];
+            for (int r = 0; r < 2; r++) {
+                weights[r] = pulls[r] = _mm256_setzero_si256();
+                if (!t.real(i + r)) continue;
+                const long place = (long)(i + r) * t.seen + c;
+                const __m512 w = _mm512_loadu_ps(scores_ + place), g = _mm512_loadu_ps(pull_ + place);
+                const __m512 offset = p.softcap ? _mm512_mul_ps(mean[r], _mm512_loadu_ps(steep_ + r * t.seen + c)) : mean[r];
+                weights[r] = to_bf16(w);
+                pulls[r] = to_bf16(_mm512_mul_ps(_mm512_mul_ps(w, scale), _mm512_sub_ps(g, offset)));
             }
-            const __m512 w = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(x, _mm512_set1_ps(lse))));
-            sum = _mm512_fmadd_ps(w, g, sum);
-            _mm512_storeu_ps(row + c, w);
-            if (p.softcap) {
-                _mm512_storeu_ps(pull + c, _mm512_mul_ps(g, steep));
-                _mm512_storeu_ps(steep_ + c, steep);
-            }
-        });
-        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum)), factor = _mm512_set1_ps(p.scale);
-        for (int c = 0; c < n; c += LANES) {
-            const __m512 w = _mm512_mul_ps(_mm512_loadu_ps(row + c), factor), g = _mm512_loadu_ps(pull + c);
-            const __m512 offset = p.softcap ? _mm512_mul_ps(mean, _mm512_loadu_ps(steep_ + c)) : mean;
-            _mm512_storeu_ps(pull + c, _mm512_mul_ps(w, _mm512_sub_ps(g, offset)));
+            _mm512_storeu_si512(weight_pairs_ + (long)i / 2 * t.seen + c, interleave(weights[0], weights[1]));
+            _mm512_storeu_si512(pull_pairs_ + (long)i / 2 * t.seen + c, interleave(pulls[0], pulls[1]));
+            for (int r = 0; r < 2; r++) _mm256_storeu_si256((__m256i*)(weights_ + (long)(i + r) * t.seen + c), pulls[r]);
         }
     }
 
-    // Rows in pairs, and plain if asked.
-    void pair_up(const float* x, int rows, int n, uint32_t* pairs, bf16* plain) {
-        for (int i = 0; i < rows; i += 2)
-            for (int c = 0; c < n; c += LANES) {
-                const __m256i even = to_bf16(_mm512_loadu_ps(x + (long)i * n + c));
-                const __m256i odd = to_bf16(_mm512_loadu_ps(x + (long)(i + 1) * n + c));
-                _mm512_storeu_si512(pairs + (long)i / 2 * n + c, interleave(even, odd));
-                if (plain) {
-                    _mm256_storeu_si256((__m256i*)(plain + (long)i * n + c), even);
-                    _mm256_storeu_si256((__m256i*)(plain + (long)(i + 1) * n + c), odd);
-                }
+    // The weights of a row, in place of its scores; their mean pull. steep: slopes of the cap, by which its pulls are multiplied.
+    float weigh(int row, const Tile& t, float lse, float* steep) {
+        float *scores = scores_ + (long)row * t.seen, *pull = pull_ + (long)row * t.seen;
+        const __m512 scale = _mm512_set1_ps(p.softcap ? p.scale / p.softcap : p.scale);
+        const __m512 cap = _mm512_set1_ps(p.softcap), one = _mm512_set1_ps(1);
+        __m512 sum = _mm512_setzero_ps();
+        each_vector(t, t.token(row), [&](int c, __mmask16 seen) {
+            __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + c), scale), g = _mm512_loadu_ps(pull + c);
+            if (p.softcap) {
+                const __m512 bent = hyperbolic_tangent(x), slope = _mm512_fnmadd_ps(bent, bent, one);
+                x = _mm512_mul_ps(bent, cap);
+                _mm512_storeu_ps(pull + c, _mm512_mul_ps(g, slope));
+                _mm512_storeu_ps(steep + c, slope);
             }
+            const __m512 w = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(x, _mm512_set1_ps(lse))));
+            sum = _mm512_fmadd_ps(w, g, sum);
+            _mm512_storeu_ps(scores + c, w);
+        });
+        return _mm512_reduce_add_ps(sum);
     }
 
-    // [m, dim] -> [dim, even], with zeros beyond m.
-    void transpose_rows(const bf16* x, long stride, int m, int even, bf16* to) {
-        for (int i = 0; i < even; i += 2 * LANES)
-            for (int d = 0; d < p.dim; d += LANES) {
-                __m512i r[16];
-                column_pairs(x + d, stride, i, m, r);
-                for (int c = 0; c < LANES; c++) _mm512_mask_storeu_epi32(to + (long)(d + c) * even + i, first_lanes((even - i) / 2), r[c]);
-            }
+    // The tile's rows of x [tokens, heads, dim] -> [dim, even], with zeros where there is no query.
+    void transpose_rows(const Tile& t, const bf16* x, long stride, int even, bf16* to) {
+        for (int j = 0; j < t.heads; j++) {
+            const bf16* rows = x + (t.own->start + t.from) * stride + (long)(t.first + j) * p.dim;
+            const int place = j * t.rows_of_head(), width = j + 1 < t.heads ? t.rows_of_head() : even - place;
+            for (int i = 0; i < width; i += 2 * LANES)
+                for (int d = 0; d < p.dim; d += LANES) {
+                    __m512i r[16];
+                    column_pairs(rows + d, stride, i, t.count, r);
+                    for (int c = 0; c < LANES; c++) _mm512_mask_storeu_epi32(to + (long)(d + c) * even + place + i, first_lanes((width - i) / 2), r[c]);
+                }
+        }
     }
 
     void give(const float* from, const Keys& keys, bf16* to) {

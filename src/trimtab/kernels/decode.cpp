@@ -78,10 +78,13 @@ void multiply_panel(const Matrix& m, int j, const uint32_t* next, const bf16* a,
     const char* ahead = (const char*)next;
     if (TILES && m.in % TILE_DEPTH == 0) {
         for (int i = 0; i < n; i += 32)
-            for (int l = 0; l < PANEL; l += 32)
-                tile_product(std::min(32, n - i), std::min(32, PANEL - l), m.in / TILE_DEPTH, TileLeft::rows(a + i * lda, lda), TileRight::rows(b + l, PANEL), c + i * ldc + l, ldc, add, [&](int, int) INLINE {
+            for (int l = 0; l < PANEL; l += 32) {
+                const TileLeft rows = TileLeft::rows(a + i * lda, lda);
+                const TileRight columns = TileRight::rows(b + l, PANEL);
+                tile_product(std::min(32, n - i), std::min(32, PANEL - l), m.in / TILE_DEPTH, rows, columns, c + i * ldc + l, ldc, add, [&](int, int) INLINE {
                     for (int line = 0; i == 0 && line < 24 / SLOTS; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
                 });
+            }
         return;
     }
     int left = 3;  // parts of `pairs` lines that the next panel has

@@ -38,7 +38,8 @@ void rows_by_tiles(const bf16* left, long lda, int pairs, const uint32_t* right,
         for (int r = i; part.last && r < i + m; r++) part.goal.fetch(r, 1);
         for (int c = 0; c < width; c += NARROW) {
             const int n = std::min(NARROW, width - c);
-            tile_product(m, n, steps, TileLeft::rows(rows, lda), TileRight::tiles(right + (long)c * pairs, n), sums + c, PANEL, !part.first, [&, rows, lda](int k, int slot) INLINE {
+            const TileRight half = TileRight::tiles(right + (long)c * pairs, n);
+            tile_product(m, n, steps, TileLeft::rows(rows, lda), half, sums + c, PANEL, !part.first, [&, rows, lda](int k, int slot) INLINE {
                 fetch_lines(rows + (k + 1) * TILE_DEPTH, 2 * lda, slot);
                 if (slot == SLOTS / 2) ahead.fetch();
                 for (int most = slot ? 0 : each; row < due && most; most--, finished += PANEL) finish(row++, finished);

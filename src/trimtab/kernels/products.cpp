@@ -10,7 +10,7 @@
 namespace {
 
 constexpr int WIDTH = TILES ? 32 : 48, HEIGHT = 8;  // gradients of weights: columns of a panel, rows of a tile,
-constexpr int STRIP = 96;                           // most columns of g of a task,
+constexpr int STRIP = 64;                           // most columns of g of a task,
 constexpr int PAIRS = TILES ? LANES : 1;            // what pairs of its rows are filled up to
 constexpr int LONG = 1 << 14;                       // numbers of a row so long that lines of a column meet in few places of a cache:
 constexpr int WIDE_STRIP = TILES ? 256 : STRIP;     // most columns of g of a task then,
