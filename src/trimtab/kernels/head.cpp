@@ -101,7 +101,7 @@ int head_of_rows(const bf16* x, int rows, int in, const Linear* layer, const int
                  float* totals, float* means) {
     const int panels = panels_of(layer->out, PANEL);
     const size_t each = (size_t)panels * rows;
-    const bool past = by_tiles(in) && layer->rows && whole_lines(layer->rows, layer->out) && (long)rows * layer->out > LARGE;
+    const bool past = TILES && layer->rows && whole_lines(layer->rows, layer->out) && (long)rows * layer->out > LARGE;
     float *total_of, *mean_of = nullptr;  // [panels, rows]
     try {
         shared_scratch.begin((means ? 2 : 1) * Scratch::padded<float>(each));

@@ -22,29 +22,34 @@ template <bool PAST, bool MORE> inline void finish_row(int row, int width, const
         for (int c = 0; c < width; c += LANES) store(out + c, sum(c));
 }
 
-// By tiles: the same, for pairs in whole tiles. finish(row, sums) is called for finished rows while the next ones are made: to write them takes as
-// long as a fifth of their products, and neither waits for the other.
+// By tiles: the same. finish(row, sums) is called for finished rows while the next ones are made: to write them takes as long as a fifth of their
+// products, and neither waits for the other.
 template <typename F>
 void rows_by_tiles(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, Ahead ahead, F finish) {
     alignas(64) float blocks[2][TILE * PANEL];
     const bool whole = part.first && part.last;
-    const int steps = 2 * pairs / TILE_DEPTH, each = panels_of(TILE, steps * panels_of(width, NARROW));
+    const int steps = 2 * pairs / TILE_DEPTH, rest = 2 * pairs % TILE_DEPTH, calls = std::max(1, steps * panels_of(width, NARROW)), each = panels_of(TILE, calls);
+    alignas(64) bf16 last[TILE * TILE_DEPTH] = {};  // what a depth of no whole tiles leaves over, with zeros behind
     float *sums = whole ? blocks[0] : part.sums, *finished = sums;
-    ahead.begin((long)panels_of(count, TILE) * panels_of(width, NARROW) * steps);
+    ahead.begin((long)panels_of(count, TILE) * calls);
     int row = 0;  // the first that is not finished
     for (int i = 0; i < count; i += TILE) {
         const int m = std::min(TILE, count - i), due = part.last ? i : 0;
         const bf16* rows = left + (long)i * lda;
         for (int r = i; part.last && r < i + m; r++) part.goal.fetch(r, 1);
+        for (int r = 0; rest && r < m; r++) std::memcpy(last + r * TILE_DEPTH, rows + r * lda + steps * TILE_DEPTH, rest * sizeof *last);
         for (int c = 0; c < width; c += NARROW) {
             const int n = std::min(NARROW, width - c);
-            const TileRight half = TileRight::tiles(right + (long)c * pairs, n);
-            tile_product(m, n, steps, TileLeft::rows(rows, lda), half, sums + c, PANEL, !part.first, [&, rows, lda](int k, int slot) INLINE {
+            const uint32_t* half = right + (long)c * filled(2 * pairs) / 2;
+            tile_product(m, n, steps, TileLeft::rows(rows, lda), TileRight::tiles(half, n), sums + c, PANEL, !part.first, [&, rows, lda](int k, int slot) INLINE {
                 fetch_lines(rows + (k + 1) * TILE_DEPTH, 2 * lda, slot);
                 if (slot == SLOTS / 2) ahead.fetch();
                 for (int most = slot ? 0 : each; row < due && most; most--, finished += PANEL) finish(row++, finished);
             });
+            const uint32_t* below = half + (long)steps * TILE_DEPTH / 2 * n;
+            if (rest) tile_product(m, n, 1, TileLeft::rows(last, TILE_DEPTH), TileRight::tiles(below, n), sums + c, PANEL, true, [](int, int) INLINE {});
         }
+        for (; row < due; finished += PANEL) finish(row++, finished);
         if (whole) finished = sums, sums = blocks[i / TILE % 2 == 0];
         else sums += TILE * PANEL;
     }
@@ -71,7 +76,7 @@ void multiply_tiles(const bf16* left, long lda, int pairs, const uint32_t* right
 }  // namespace
 
 void multiply(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, Ahead ahead) {
-    if (by_tiles(2 * pairs)) return multiply_tiles(left, lda, pairs, right, count, width, part, ahead);
+    if (TILES) return multiply_tiles(left, lda, pairs, right, count, width, part, ahead);
     const Goal& goal = part.goal;
     ahead.begin(panels_of(count, TILE));
     of_width(width, [&](auto vectors) {
@@ -101,9 +106,9 @@ void make(const Outputs& y, const Linear& layer, const Room& room, const Ahead& 
     for (int from = 0; from < y.in; from += 2 * DEPTH) {
         const int now = std::min(2 * DEPTH, y.in - from);
         const bool first = from == 0, last = from + now == y.in;
-        for (int c = 0, most = side_by_side(now); c < y.width; c += most) {
-            const int side = std::min(most, y.width - c);
-            pack_transposed(layer.weight + (long)(y.column + c) * y.in + from, y.in, side, now, side, room.right + (long)c * now / 2, by_tiles(now));
+        for (int c = 0; c < y.width; c += NARROW) {
+            const int side = std::min(NARROW, y.width - c);
+            pack_transposed(layer.weight + (long)(y.column + c) * y.in + from, y.in, side, now, side, room.right + (long)c * filled(now) / 2, TILES);
         }
         const Part part{first, last, layer.bias ? layer.bias + y.column : nullptr, y.plus, room.sums, y.goal};
         multiply(y.x + from, y.in, now / 2, room.right, y.rows, y.width, part, last ? ahead : Ahead(nullptr, 0, 0, 0));

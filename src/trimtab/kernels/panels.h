@@ -20,13 +20,10 @@ constexpr long LARGE = 1 << 19;                   // outputs that tiles write pa
 
 inline thread_local Scratch scratch, shared_scratch;
 
-// Whether a product of this depth is made by tiles.
-inline bool by_tiles(int depth) { return TILES && depth % TILE_DEPTH == 0; }
-
-// Columns of a panel that lie side by side then.
-inline int side_by_side(int depth) { return by_tiles(depth) ? NARROW : PANEL; }
-
 inline int panels_of(int columns, int size) { return (columns + size - 1) / size; }
+
+// Rows of a panel that are laid for as many as these.
+inline int filled(int depth) { return round_up(depth, FILLED); }
 
 // Whether parts of these rows, a panel wide, are whole lines of a cache.
 inline bool whole_lines(const bf16* rows, int columns) { return TILES && columns % PANEL == 0 && (uintptr_t)rows % 64 == 0; }
@@ -123,7 +120,7 @@ struct Part {
     Goal goal;
 };
 
-// Sums of left [count, 2 pairs] times a panel [pairs, width], of which this is one part.
+// Sums of left [count, 2 pairs] times a panel [pairs, width], of which this is one part. Pairs of the panel are filled up (`filled`) with zeros.
 void multiply(const bf16* left, long lda, int pairs, const uint32_t* right, int count, int width, const Part& part, Ahead ahead);
 
 // Rows of x [rows, in], and `width` outputs of a layer for them from `column` on, with `plus` where it is not null.

@@ -97,7 +97,7 @@ bool long_input(const Linear& layer, int rows, int in, bf16* found) {
                 for (int column = 0; column < in; column += PANEL) {
                     const int width = std::min(PANEL, in - column);
                     const bf16* weight = layer.weight + (long)from * in + column;
-                    for (int c = 0; c < width; c += NARROW) pack_rows(weight + c, in, now, std::min(NARROW, width - c), now, right + (long)c * now / 2, true);
+                    for (int c = 0; c < width; c += NARROW) pack_rows(weight + c, in, now, std::min(NARROW, width - c), filled(now), right + (long)c * filled(now) / 2, true);
                     const Ahead ahead(weight + (long)now * in, in, 2 * PANEL, then);
                     float* sum = sums + column / PANEL * block;
                     const Part part{from == 0, from + now == layer.out, nullptr, nullptr, sum, {found + (long)row * in + column, in, false}};
@@ -119,7 +119,7 @@ extern "C" {
 // y_l [rows, out_l] = x W_l^T + b_l + plus for all layers l; plus may be null.
 int linear_forward(const bf16* x, int rows, int in, const Linear* layers, int count, const bf16* plus) {
     long outs = 0;
-    bool past = by_tiles(in);
+    bool past = TILES;
     for (int l = 0; l < count; l++) outs += layers[l].out, past = past && whole_lines(layers[l].rows, layers[l].out);
     past = past && rows * outs > LARGE;
     int panels = 0;
@@ -153,7 +153,7 @@ int linear_gated(const bf16* x, int rows, int in, const Linear* layers, bf16* z)
 
 // dx [rows, in] = sum_l g_l W_l
 int linear_input(const Linear* layers, int count, int rows, int in, bf16* found) {
-    if (TILES && count == 1 && layers->out >= LONG && layers->out % TILE_DEPTH == 0) return !long_input(*layers, rows, in, found);
+    if (TILES && count == 1 && layers->out >= LONG) return !long_input(*layers, rows, in, found);
     const bool past = whole_lines(found, in) && (long)rows * in > LARGE;
     return !each_part(rows, panels_of(in, PANEL), 0, [&](int row, int n, int panel, const Room& room, int next) {
         const int column = panel * PANEL, width = std::min(PANEL, in - column);
@@ -162,8 +162,8 @@ int linear_input(const Linear* layers, int count, int rows, int in, bf16* found)
             for (int from = 0; from < layer.out; from += 2 * DEPTH) {
                 const int now = std::min(2 * DEPTH, layer.out - from), after = from + now;
                 const bool first = l == 0 && from == 0, more = after < layer.out, last = !more && l == count - 1;
-                for (int c = 0, most = side_by_side(now); c < width; c += most)
-                    pack_rows(layer.weight + (long)from * in + column + c, in, now, std::min(most, width - c), now, room.right + (long)c * now / 2, by_tiles(now));
+                for (int c = 0; c < width; c += NARROW)
+                    pack_rows(layer.weight + (long)from * in + column + c, in, now, std::min(NARROW, width - c), filled(now), room.right + (long)c * filled(now) / 2, TILES);
                 // what comes next: the rest of this layer, the next layer, or the next panel of the first one
                 const Linear& then = more ? layer : layers[last ? 0 : l + 1];
                 const int begin = more ? after : 0, place = last ? next * PANEL : column;

@@ -165,7 +165,7 @@ inline void transpose(__m512i r[16]) {
 }
 
 // Rows [count, dim] as the right side x^T: [dim / 2, width], a pair of neighbours of one row in every lane. Beyond `count`: zeros.
-// tiled: in the order of TileRight::tiles.
+// tiled: in the order of TileRight::tiles, with zeros up to whole tiles.
 inline void pack_transposed(const bf16* x, long stride, int count, int dim, int width, uint32_t* to, bool tiled = false) {
     const long column = tiled ? LANES : 1, line = tiled ? LANES : width;
     for (int row = 0; row < width; row += LANES)
@@ -174,7 +174,7 @@ inline void pack_transposed(const bf16* x, long stride, int count, int dim, int 
             __m512i r[16];
             for (int i = 0; i < 16; i++) r[i] = row + i < count ? _mm512_maskz_loadu_epi32(real, x + (row + i) * stride + 2 * pair) : _mm512_setzero_si512();
             transpose(r);
-            for (int i = 0; i < std::min(16, dim / 2 - pair); i++) _mm512_storeu_si512(to + (long)pair * width + row * column + i * line, r[i]);
+            for (int i = 0; i < (tiled ? 16 : std::min(16, dim / 2 - pair)); i++) _mm512_storeu_si512(to + (long)pair * width + row * column + i * line, r[i]);
         }
 }
 
