@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script: tests interrupt themselves and what they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("same every time", derandomize=True, database=None, deadline=None)  # seconds are not what is tested
 settings.load_profile("same every time")
 install_import_hook("trimtab.maths", "beartype.beartype")  # every shape and type the signatures state is checked
