@@ -15,9 +15,10 @@ import pytest
 
 import resuming
 from trimtab.cli import main
+from trimtab.interrupt import Interrupted
 from trimtab.runs.directory import RunDirectory
 from trimtab.training import checkpoint
-from trimtab.training.checkpoint import CheckpointConfig, Checkpoints
+from trimtab.training.checkpoint import CheckpointConfig, Checkpoints, each_step
 
 
 class Killed(BaseException):
@@ -299,6 +300,22 @@ def test_a_signal_lets_the_step_end_and_saves_it(number: signal.Signals, place: 
     assert "trimtab resume" in said
     run = RunDirectory.open(place / "run")
     assert (place / "run/checkpoints/last").resolve().name == f"step-{len(run.metrics()):06d}"
+
+
+@pytest.mark.parametrize(("total", "saved"), [(10, 3), (2, 2)])
+def test_a_signal_between_two_steps_loses_none(total: int, saved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes when it is decided already that the second step need not be saved."""
+    own = Checkpoints.after
+
+    def after(self: Checkpoints, taken: int, metrics: Any, *, last: bool = False) -> None:
+        if taken == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        own(self, taken, metrics, last=last)
+
+    monkeypatch.setattr(Checkpoints, "after", after)
+    with pytest.raises(Interrupted):
+        each_step(lambda step: {}, 0, total, Checkpoints(tmp_path, CheckpointConfig(), _tracker(), {}, {}))
+    assert (tmp_path / "checkpoints/last").resolve().name == f"step-{saved:06d}"
 
 
 def _tracker() -> Any:

@@ -238,11 +238,15 @@ def each_step(
                     raise
                 if checkpoints is not None and guards is not None and guards.spike is not None:
                     step = guards.go_back(step, checkpoints.go_back)
+                    ending = True  # what it went back to is on the disk
                 else:
                     step += 1
+                    ending = step == total or stop.signal is not None  # asked once: a signal that comes later waits for the next step
                     if checkpoints is not None:
-                        checkpoints.after(step, metrics, last=step == total or stop.signal is not None)
-                stop.check()
+                        checkpoints.after(step, metrics, last=ending)
+                if ending:
+                    stop.check()
+        stop.check()  # one that came after the last step
     finally:
         if checkpoints is not None:
             checkpoints.close()
