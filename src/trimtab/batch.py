@@ -7,11 +7,12 @@ advantages are columns with different names, so that one is never taken for anot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -93,7 +94,7 @@ class Batch:
     def mask(self) -> Bool[Tensor, " tokens"]:
         """Which response tokens are the assistant's own: the only ones a loss may see."""
         flags = [r.mask if r.mask is not None else (True,) * len(r.tokens) for g in self.groups for r in g.responses]
-        return torch.tensor([flag for row in flags for flag in row], dtype=torch.bool)
+        return torch.from_numpy(np.fromiter(chain.from_iterable(flags), np.bool_))
 
     @cached_property
     def truncated(self) -> Bool[Tensor, " responses"]:
@@ -142,8 +143,8 @@ class Batch:
         """The batch of some groups, of each a span of its responses."""
         first_response, first_token = self._starts
         responses = [range(first_response[i] + span.start, first_response[i] + span.stop) for i, span in parts]
-        rows = torch.tensor([r for span in responses for r in span], dtype=torch.long)
-        cells = torch.tensor([t for span in responses for t in range(first_token[span.start], first_token[span.stop])], dtype=torch.long)
+        rows = _joined(responses)
+        cells = _joined(range(first_token[span.start], first_token[span.stop]) for span in responses)
         whole = [len(span) == len(self.groups[i].responses) for i, span in parts]
         return Batch(
             tuple(self.groups[i] if all_of_it else self.groups[i].only(span) for (i, span), all_of_it in zip(parts, whole, strict=True)),
@@ -199,6 +200,11 @@ class Batch:
         order = list(range(len(self.groups))) if order is None else list(order)
         bounds = [round(i * len(order) / count) for i in range(count + 1)]
         return [self.select(order[a:b]) for a, b in pairwise(bounds) if b > a]
+
+
+def _joined(ranges: Iterable[range]) -> Int[Tensor, " n"]:
+    """The numbers of all ranges, in order."""
+    return torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in ranges)])
 
 
 @dataclass(frozen=True)
