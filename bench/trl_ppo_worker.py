@@ -20,11 +20,11 @@ from bench.turns import Over, Turns
 from bench.works import Setting, Work
 
 
-def trainer_of(work: Work, setting: Setting, model: str, scorer: str, rows: list[Row], callback: Turns) -> Any:
+def trainer_of(work: Work, setting: Setting, model: str, scorer: str, rows: list[Row], callback: Turns, output: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     weights, frozen = getattr(torch, setting["weights"]), getattr(torch, setting["frozen"])
     config = PPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="bench-trl-"),
+        output_dir=output,
         per_device_train_batch_size=setting["micro"],
         gradient_accumulation_steps=work.rows // setting["micro"],
         learning_rate=1e-6,
@@ -66,9 +66,10 @@ def main() -> None:
         work = Work(**request["work"])
         bare = resident()
         rows = read_rows(request["rows"])
-        trainer = trainer_of(work, request["setting"], request["model"], request["scorer"], rows, Turns(channel))
-        channel.reply(bare_bytes=bare, loaded_bytes=resident())
-        trainer.train()
+        with tempfile.TemporaryDirectory(prefix="bench-trl-") as output:
+            trainer = trainer_of(work, request["setting"], request["model"], request["scorer"], rows, Turns(channel), output)
+            channel.reply(bare_bytes=bare, loaded_bytes=resident())
+            trainer.train()
     except Over:
         return
     except Exception:

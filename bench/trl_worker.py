@@ -34,7 +34,7 @@ from bench.works import Setting, Work
 LEARNING_RATE = 1e-6
 
 
-def trainer_of(work: Work, setting: Setting, model: str, rows: list[Row], callback: Turns) -> Any:
+def trainer_of(work: Work, setting: Setting, model: str, rows: list[Row], callback: Turns, output: str) -> Any:
     """The trainer of a work under a setting, on as many steps as there are rows for."""
     steps = in_steps(rows, work.rows)
     if setting.get("sorted"):
@@ -42,7 +42,7 @@ def trainer_of(work: Work, setting: Setting, model: str, rows: list[Row], callba
     ordered = [row for step in steps for row in step]
     samples = work.rows * (work.responses if work.generates else 1)
     common: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(prefix="bench-trl-"),
+        "output_dir": output,
         "per_device_train_batch_size": setting["micro"],
         "gradient_accumulation_steps": samples // setting["micro"],
         "gradient_checkpointing": setting["checkpointing"],
@@ -91,9 +91,10 @@ def main() -> None:
         work = Work(**request["work"])
         bare = resident()
         rows = read_rows(request["rows"])
-        trainer = trainer_of(work, request["setting"], request["model"], rows, Turns(channel))
-        channel.reply(bare_bytes=bare, loaded_bytes=resident())
-        trainer.train()
+        with tempfile.TemporaryDirectory(prefix="bench-trl-") as output:
+            trainer = trainer_of(work, request["setting"], request["model"], rows, Turns(channel), output)
+            channel.reply(bare_bytes=bare, loaded_bytes=resident())
+            trainer.train()
     except Over:
         return
     except Exception:

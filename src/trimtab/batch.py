@@ -143,8 +143,8 @@ class Batch:
         """The batch of some groups, of each a span of its responses."""
         first_response, first_token = self._starts
         responses = [range(first_response[i] + span.start, first_response[i] + span.stop) for i, span in parts]
-        rows = _joined(responses)
-        cells = _joined(range(first_token[span.start], first_token[span.stop]) for span in responses)
+        rows = _numbers(responses)
+        cells = _numbers(range(first_token[span.start], first_token[span.stop]) for span in responses)
         whole = [len(span) == len(self.groups[i].responses) for i, span in parts]
         return Batch(
             tuple(self.groups[i] if all_of_it else self.groups[i].only(span) for (i, span), all_of_it in zip(parts, whole, strict=True)),
@@ -202,7 +202,7 @@ class Batch:
         return [self.select(order[a:b]) for a, b in pairwise(bounds) if b > a]
 
 
-def _joined(ranges: Iterable[range]) -> Int[Tensor, " n"]:
+def _numbers(ranges: Iterable[range]) -> Int[Tensor, " n"]:
     """The numbers of all ranges, in order."""
     return torch.cat([torch.arange(0), *(torch.arange(r.start, r.stop) for r in ranges)])
 
