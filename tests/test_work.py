@@ -18,6 +18,8 @@ import torch
 from torch.nn import functional
 
 import tiny
+from trimtab import kernels
+from trimtab.batch import Batch, observe
 from trimtab.config import load_recipe
 from trimtab.data.records import load_comparisons, load_demonstrations
 from trimtab.data.templates import Template
@@ -58,8 +60,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def only_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a model is asked when it is loaded is no part of a step."""
+    """What a model is asked when it is loaded is no part of a step, and memory of earlier ones hides nothing that it makes."""
     monkeypatch.setattr(LanguageModel, "_check", lambda self: None)
+    logprobs._SPARE.clear()
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,17 @@ def kto_step(place: Path) -> Step:
     return replace(step, trunk=trunk, head=(step.head[0] + 2 * others.head, step.head[1] + 2 * others.head))
 
 
+def look(place: Path) -> Step:
+    """What a model says of responses from which nothing is learnt by it now; a kernel reads logits without writing them down."""
+    config = supervised(preference_config("dpo"), place, "pairs.jsonl")
+    batch = Batch(tuple(c.group for c in load_comparisons(config.data, template()).records))
+    policy = LanguageModel.load(config.model)
+    work, _ = counted(lambda: observe(batch, policy.forward, token_budget=10_000))
+    one = Necessary.of(batch.groups, SHAPE)
+    step = passes(work, [one.tokens], one, trunk=1, head=1)
+    return replace(step, logits=0) if kernels.library() else step
+
+
 def generation(place: Path) -> Step:
     """Prompts once, and every sampled token but the last; the head at most once for each; the logits of a decoding step in float32."""
     learner = policy_learning("grpo", place)
@@ -205,6 +219,7 @@ STEPS: dict[str, Callable[[Path], Step]] = {
     "grpo, adapter": adapter_step,
     "ppo, shared trunk": lambda place: policy_step("ppo", place),
     "ppo, own critic": lambda place: policy_step("ppo", place, "critic.trunk=own"),
+    "look": look,
     "generation": generation,
 }
 
@@ -274,6 +289,13 @@ def frozen_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "add_adapter", unfrozen)
 
 
+def kept_for_nothing(patch: pytest.MonkeyPatch) -> None:
+    if kernels.library() is None:
+        pytest.skip("needs compiled kernels")
+    apply = logprobs._TokenLogprobs.apply
+    patch.setattr(logprobs._TokenLogprobs, "apply", lambda *settings: apply(*settings[:-1], True))
+
+
 def _whole_logits(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(logprobs.kernels, "serves", lambda x: False)  # a kernel makes no float32 logits at all
     patch.setattr(logprobs, "SLICE_ELEMENTS", 2**40)
@@ -289,6 +311,7 @@ LOST: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "prompts repeated in sampling": ("generation", prompts_read_for_every_response),
     "all logits in float32": ("sft", _whole_logits),
     "the head computed again": ("sft", lambda patch: patch.setattr(logprobs, "PART_BYTES", 2**20)),
+    "weights of words that nothing is learnt from": ("look", kept_for_nothing),
     "layers computed again": ("reward", layers_again),
     "gradients of frozen weights": ("grpo, adapter", frozen_gradients),
 }

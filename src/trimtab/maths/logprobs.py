@@ -76,7 +76,8 @@ def token_logprobs(
 
         d log p_y / d z_v = 1[v = y] - p_v          d H / d z_v = -p_v (log p_v + H)
     """
-    logprobs, entropies = _TokenLogprobs.apply(hidden, head.weight, head.bias, targets, head, temperature, entropy)  # type: ignore[no-untyped-call]
+    settings = (head, temperature, entropy, torch.is_grad_enabled())
+    logprobs, entropies = _TokenLogprobs.apply(hidden, head.weight, head.bias, targets, *settings)  # type: ignore[no-untyped-call]
     return logprobs, entropies if entropy else None
 
 
@@ -98,10 +99,18 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, temperature: float, entropy: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: Head,
+        temperature: float,
+        entropy: bool,
+        learning: bool,  # ctx.needs_input_grad tells what is trainable, also where nothing is learnt
     ) -> tuple[Tensor, Tensor]:
         hidden, parts = hidden.contiguous(), _parts(hidden, weight)
-        keep = len(parts) == 1 and any(ctx.needs_input_grad[:3]) and head.softcap is None
+        keep = len(parts) == 1 and learning and any(ctx.needs_input_grad[:3]) and head.softcap is None
         read = [_weighed(hidden[part], head, targets[part], temperature, entropy, keep) for part in parts]
         sums = _Sums._make(torch.cat(values) for values in zip(*(sums for sums, _ in read), strict=True))
         log_total = sums.total.log()
@@ -173,10 +182,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(weight.dtype),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
 
 
