@@ -32,17 +32,17 @@ void rows_by_tiles(const bf16* left, long lda, int pairs, const uint32_t* right,
     alignas(64) bf16 last[TILE * TILE_DEPTH] = {};  // what a depth of no whole tiles leaves over, with zeros behind
     float *sums = whole ? blocks[0] : part.sums, *finished = sums;
     ahead.begin((long)panels_of(count, TILE) * calls);
-    int row = 0;  // the first that is not finished
+    int row = 0, asked = 0;  // the first that is not finished, and the first whose goal is not fetched
     for (int i = 0; i < count; i += TILE) {
-        const int m = std::min(TILE, count - i), due = part.last ? i : 0;
+        const int m = std::min(TILE, count - i), due = part.last ? i : 0, goals = part.last ? i + m : 0;
         const bf16* rows = left + (long)i * lda;
-        for (int r = i; part.last && r < i + m; r++) part.goal.fetch(r, 1);
         for (int r = 0; rest && r < m; r++) std::memcpy(last + r * TILE_DEPTH, rows + r * lda + steps * TILE_DEPTH, rest * sizeof *last);
         for (int c = 0; c < width; c += NARROW) {
             const int n = std::min(NARROW, width - c);
             const uint32_t* half = right + (long)c * filled(2 * pairs) / 2;
             tile_product(m, n, steps, TileLeft::rows(rows, lda), TileRight::tiles(half, n), sums + c, PANEL, !part.first, [&, rows, lda](int k, int slot) INLINE {
                 fetch_lines(rows + (k + 1) * TILE_DEPTH, 2 * lda, slot);
+                for (int most = slot == 1 ? each : 0; asked < goals && most; most--) part.goal.fetch(asked++, width);
                 if (slot == SLOTS / 2) ahead.fetch();
                 for (int most = slot ? 0 : each; row < due && most; most--, finished += PANEL) finish(row++, finished);
             });
