@@ -38,8 +38,8 @@ inline __m512i interleave(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-// e^x to about 2 units in the last place of float32, to |x| / 20 more beyond 20; 0 below -87. The polynomial has its least greatest
-// error, 0.8 of such a unit, between -ln(2) / 2 and ln(2) / 2; a number so large that it has no places behind the point rounds.
+// e^x to 2 units in the last place of float32 between -20 and 20, to 4 down to -87; 0 below. The polynomial's greatest error between
+// -ln(2) / 2 and ln(2) / 2, 0.8 of such a unit, is as small as its degree allows; a number with no room for places behind the point rounds.
 inline __m512 exponential(__m512 x) {
     const __m512 large = _mm512_set1_ps(3 << 22), n = _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), large), large);
     const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693147181f), x);
